@@ -1,0 +1,1 @@
+"""DICOM-native PACS node."""

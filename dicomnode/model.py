@@ -1,0 +1,208 @@
+"""The words of the node: frozen values that travel between rooms. No behaviour beyond what a value knows of itself.
+
+Times are timezone-aware UTC. UIDs are strings as received. Nothing here imports pydicom, SQL or the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+
+HeaderValue = str | float | int | list[str] | list[float] | list[int]
+"""One public, non-sequence, non-bulk element's value; multi-valued elements are lists."""
+
+
+class SeriesState(StrEnum):
+    """Where a series stands."""
+
+    RECEIVING = "receiving"
+    """Instances may still come. The scheduler moves it on when it is complete."""
+    PAIRED = "paired"
+    """Complete, and part of at least one pair."""
+    UNPAIRED = "unpaired"
+    """Complete, and in no pair; `reason` says why. Looked at again whenever a series of its patient completes."""
+    REFUSED = "refused"
+    """Complete, but not one regular volume; `reason` carries the measured figure."""
+
+
+class JobState(StrEnum):
+    """Where a registration job stands. A crash leaves it as it is; the worker resumes it at start."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+    REJECTED = "rejected"
+    """The verdict was reject: nothing was sent; `reason` says why."""
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    HELD = "held"
+
+
+class DeliveryState(StrEnum):
+    """Where one instance stands on its way to one destination."""
+
+    WAITING = "waiting"
+    """Not yet delivered; will be tried at `next_attempt_at`."""
+    DELIVERED = "delivered"
+    """The destination answered with success or a storing warning."""
+    FAILED = "failed"
+    """The destination refused for good; `reason` names the status. Never retried by itself."""
+
+
+class Verdict(StrEnum):
+    """What is done with a registration."""
+
+    ACCEPT = "accept"
+    WARN = "warn"
+    """Sent, with the reason written into the objects."""
+    REJECT = "reject"
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One stored SOP Instance.
+
+    Attributes
+    ----------
+    path
+        Relative to the archive's root; made from our own hash, never from the wire.
+    sha256
+        Of the data set bytes as received (file meta information excluded).
+    size_bytes
+        Of the whole file.
+    """
+
+    sop_instance_uid: str
+    sop_class_uid: str
+    transfer_syntax_uid: str
+    path: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class InstanceHeader:
+    """What the index must know of an instance besides its bytes; every text as received, empty where absent."""
+
+    patient_id: str
+    issuer_of_patient_id: str
+    patient_birth_date: str
+    patient_sex: str
+    study_instance_uid: str
+    series_instance_uid: str
+    modality: str
+    is_own_output: bool
+    """Contributing Equipment Sequence names this software, or Modality is REG."""
+
+
+@dataclass(frozen=True)
+class SeriesActivity:
+    """What completion must know of a series."""
+
+    series_instance_uid: str
+    instances: int
+    last_received_at: datetime
+    receiving: bool
+    """An association that sent one of its instances is still open."""
+
+
+@dataclass(frozen=True)
+class VolumeRef:
+    """One complete series as one volume, as far as pairing must know it.
+
+    Attributes
+    ----------
+    header
+        The first instance's public, non-sequence, non-bulk elements by DICOM keyword.
+    shape
+        (slices, rows, columns).
+    affine
+        16 numbers, row-major (4, 4): array index (k, j, i, 1) → LPS mm.
+    """
+
+    patient_id: str
+    issuer_of_patient_id: str
+    patient_birth_date: str
+    patient_sex: str
+    study_instance_uid: str
+    series_instance_uid: str
+    frame_of_reference_uid: str
+    modality: str
+    shape: tuple[int, int, int]
+    affine: tuple[float, ...]
+    last_received_at: datetime
+    header: Mapping[str, HeaderValue] = field(default_factory=dict)
+
+    @property
+    def n_slices(self) -> int:
+        """Number of slices."""
+        return self.shape[0]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two series that a rule joins: `moving` is brought onto `fixed`."""
+
+    rule_id: str
+    fixed_series_instance_uid: str
+    moving_series_instance_uid: str
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A Storage SCP that results are sent to."""
+
+    name: str
+    ae_title: str
+    host: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One registration to do, and how far it has come.
+
+    Attributes
+    ----------
+    stage
+        The step in hand: volumes, registration, verdict, objects, deliver, or empty before the first.
+    attempts
+        How often a worker took it up; a clean stop does not count.
+    """
+
+    id: str
+    rule_id: str
+    rule_version: int
+    fixed_series_instance_uid: str
+    moving_series_instance_uid: str
+    state: JobState
+    stage: str = ""
+    attempts: int = 0
+    verdict: Verdict | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Product:
+    """One instance that a job made: `kind` is series, sro or dsr; `instance` is where it is kept."""
+
+    job_id: str
+    kind: str
+    instance: Instance
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One instance on its way to one destination."""
+
+    id: int
+    instance: Instance
+    destination: str
+    state: DeliveryState
+    attempts: int
+    next_attempt_at: datetime
+    status: int | None = None
+    """The DIMSE status of the last answer, None where none came."""
+    reason: str = ""
