@@ -102,6 +102,9 @@ class SeriesActivity:
     """What completion must know of a series."""
 
     series_instance_uid: str
+    study_instance_uid: str
+    patient_id: str
+    issuer_of_patient_id: str
     instances: int
     last_received_at: datetime
     receiving: bool

@@ -1,0 +1,174 @@
+"""The tables of the index. Law: the migrations make them; a test holds both equal.
+
+States are stored as the texts of `dicomnode.model`'s enums; times as UTC.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import sqlalchemy as sa
+
+
+class UtcDateTime(sa.types.TypeDecorator[datetime]):
+    """Timezone-aware UTC in Python, without a zone in the database (SQLite has none)."""
+
+    impl = sa.DateTime
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:  # noqa: ARG002 - the interface has it
+        """Refuse naive times: they would shift by the host's zone."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"time without a zone: got {value!r}, expected timezone-aware")
+        return value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:  # noqa: ARG002 - the interface has it
+        """Give the zone back."""
+        return None if value is None else value.replace(tzinfo=UTC)
+
+
+METADATA = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+UID = sa.String(64)
+
+
+def _id() -> sa.Column[int]:
+    return sa.Column("id", sa.Integer, primary_key=True)
+
+
+def _to(table: str, *, name: str | None = None, nullable: bool = False) -> sa.Column[int]:
+    return sa.Column(name or f"{table}_id", sa.ForeignKey(f"{table}.id"), nullable=nullable, index=True)
+
+
+def _stored_instance() -> list[sa.Column[object]]:
+    """What `model.Instance` holds, for received instances and for products alike."""
+    return [
+        sa.Column("sop_instance_uid", UID, nullable=False, unique=True),
+        sa.Column("sop_class_uid", UID, nullable=False),
+        sa.Column("transfer_syntax_uid", UID, nullable=False),
+        sa.Column("path", sa.String(200), nullable=False),
+        sa.Column("sha256", sa.String(64), nullable=False),
+        sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    ]
+
+
+patient = sa.Table(
+    "patient",
+    METADATA,
+    _id(),
+    sa.Column("patient_id", sa.String(255), nullable=False),
+    sa.Column("issuer_of_patient_id", sa.String(255), nullable=False),
+    sa.UniqueConstraint("patient_id", "issuer_of_patient_id"),
+)
+study = sa.Table(
+    "study",
+    METADATA,
+    _id(),
+    _to("patient"),
+    sa.Column("study_instance_uid", UID, nullable=False, unique=True),
+)
+series = sa.Table(
+    "series",
+    METADATA,
+    _id(),
+    _to("study"),
+    _to("patient"),
+    sa.Column("series_instance_uid", UID, nullable=False, unique=True),
+    sa.Column("modality", sa.String(16), nullable=False),
+    sa.Column("is_own_output", sa.Boolean, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False, index=True),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("last_received_at", UtcDateTime, nullable=False),
+)
+association = sa.Table(
+    "association",
+    METADATA,
+    _id(),
+    sa.Column("calling_ae_title", sa.String(64), nullable=False),
+    sa.Column("called_ae_title", sa.String(64), nullable=False),
+    sa.Column("address", sa.String(64), nullable=False),
+    sa.Column("opened_at", UtcDateTime, nullable=False),
+    sa.Column("closed_at", UtcDateTime, index=True),
+)
+instance = sa.Table(
+    "instance",
+    METADATA,
+    _id(),
+    _to("series"),
+    _to("association"),
+    *_stored_instance(),
+    sa.Column("received_at", UtcDateTime, nullable=False),
+)
+volume = sa.Table(
+    "volume",
+    METADATA,
+    sa.Column("series_id", sa.ForeignKey("series.id"), primary_key=True),
+    sa.Column("facts", sa.JSON, nullable=False),
+)
+rule_set = sa.Table(
+    "rule_set",
+    METADATA,
+    sa.Column("version", sa.Integer, primary_key=True),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("text", sa.Text, nullable=False),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+)
+pair = sa.Table(
+    "pair",
+    METADATA,
+    _id(),
+    sa.Column("rule_id", sa.String(64), nullable=False),
+    sa.Column("rule_version", sa.ForeignKey("rule_set.version"), nullable=False),
+    _to("series", name="fixed_series_id"),
+    _to("series", name="moving_series_id"),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.UniqueConstraint("rule_id", "moving_series_id"),
+)
+job = sa.Table(
+    "job",
+    METADATA,
+    sa.Column("id", sa.String(36), primary_key=True),
+    _to("pair"),
+    sa.Column("state", sa.String(16), nullable=False, index=True),
+    sa.Column("stage", sa.String(16), nullable=False),
+    sa.Column("progress", sa.Float, nullable=False),
+    sa.Column("stage_started_at", UtcDateTime),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("verdict", sa.String(16)),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("report", sa.JSON, nullable=False),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("finished_at", UtcDateTime),
+)
+product = sa.Table(
+    "product",
+    METADATA,
+    _id(),
+    sa.Column("job_id", sa.ForeignKey("job.id"), nullable=False, index=True),
+    sa.Column("kind", sa.String(16), nullable=False),
+    *_stored_instance(),
+)
+delivery = sa.Table(
+    "delivery",
+    METADATA,
+    _id(),
+    _to("product"),
+    sa.Column("destination", sa.String(64), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("status", sa.Integer),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("next_attempt_at", UtcDateTime, nullable=False),
+    sa.Column("updated_at", UtcDateTime, nullable=False),
+    sa.UniqueConstraint("product_id", "destination"),
+    sa.Index("ix_delivery_due", "destination", "state", "next_attempt_at"),
+)
