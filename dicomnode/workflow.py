@@ -11,11 +11,12 @@ import fcntl
 import logging
 import os
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import sqlalchemy as sa
 from dbos import DBOS, DBOSClient, DBOSPortableJSONSerializer, WorkflowSerializationFormat
@@ -35,6 +36,7 @@ MAX_ATTEMPTS = 3
 APPLICATION_VERSION = "1"
 APPLICATION = "dicomnode"
 
+T = TypeVar("T")
 Step = Callable[[str], None]
 """Does one arrow of the line for the job with that id; safe to run again."""
 
@@ -114,9 +116,7 @@ class Worker:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise LocalError(
-                f"worker {self._executor_id}: another live process holds {self._lock_path}"
-            ) from error
+            raise LocalError(f"worker {self._executor_id}: another live process holds {self._lock_path}") from error
         DBOS(
             config={
                 "name": APPLICATION,
@@ -152,7 +152,8 @@ class Worker:
         """Wait for the step in hand and its checkpoint, lay the job down, and let no further step begin."""
         self._between_steps.acquire()
         if self._in_hand is not None:
-            self._index.lay_down_job(self._in_hand)
+            job_id = self._in_hand
+            _patiently(lambda: self._index.lay_down_job(job_id))
 
     def _register_pair(self, job_id: str) -> None:
         """The straight line of one job."""
@@ -163,27 +164,30 @@ class Worker:
             with self._between_steps:
                 outcome = self._run(name, step, job_id)
                 if outcome:
-                    self._index.finish_job(job_id, JobState(outcome["state"]), outcome["reason"], now=_now())
-                    self._in_hand = None
+                    self._close(job_id, JobState(outcome["state"]), outcome["reason"])
                     return
         with self._between_steps:
             self._in_hand = None
 
+    def _close(self, job_id: str, state: JobState, reason: str) -> None:
+        log.info("job %s %s: %s", job_id, state, reason)
+        _patiently(lambda: self._index.finish_job(job_id, state, reason, now=_now()))
+        self._in_hand = None
+
     def _take_up(self, job_id: str) -> bool:
-        job = self._index.job(job_id)
+        job = _patiently(lambda: self._index.job(job_id))
         if job.state not in (JobState.WAITING, JobState.RUNNING):
             return False
-        attempts = self._index.take_up_job(job_id, now=_now())
+        attempts = _patiently(lambda: self._index.take_up_job(job_id, now=_now()))
         if attempts > MAX_ATTEMPTS:
-            reason = f"given up: the worker died {MAX_ATTEMPTS} times with this job, the last time in stage {job.stage!r}"
-            log.error("job %s %s", job_id, reason)
-            self._index.finish_job(job_id, JobState.FAILED, reason, now=_now())
+            reason = f"given up: the worker died {MAX_ATTEMPTS} times with this job, the last time in stage {job.stage}"
+            self._close(job_id, JobState.FAILED, reason)
             return False
         self._in_hand = job_id
         return True
 
     def _run(self, name: str, step: Callable[[str], dict[str, str]], job_id: str) -> dict[str, str]:
-        self._index.set_stage(job_id, name, progress=0.0, now=_now())
+        _patiently(lambda: self._index.set_stage(job_id, name, progress=0.0, now=_now()))
         try:
             return step(job_id)
         except Exception as error:  # the step's retries are used up
@@ -213,6 +217,18 @@ def _outcome_of(step: Step) -> Callable[[str], dict[str, str]]:
         return {}
 
     return run
+
+
+def _patiently(action: Callable[[], T]) -> T:
+    """Wait out database trouble: between steps nothing better can be done, and giving up would strand the job."""
+    delay_s = 1.0
+    while True:
+        try:
+            return action()
+        except LocalError as error:
+            log.warning("waiting for the database: %s", error)
+            time.sleep(delay_s)
+            delay_s = min(2 * delay_s, 60.0)
 
 
 def _is_local(error: BaseException) -> bool:

@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from dicomnode.tables import METADATA
+from dicomnode.index.tables import METADATA
 
 context.configure(
     connection=context.config.attributes["connection"],

@@ -106,15 +106,9 @@ def upgrade() -> None:
         sa.Column("fixed_series_id", sa.Integer(), nullable=False),
         sa.Column("moving_series_id", sa.Integer(), nullable=False),
         sa.Column("created_at", sa.DateTime(), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["fixed_series_id"], ["series.id"], name=op.f("fk_pair_fixed_series_id_series")
-        ),
-        sa.ForeignKeyConstraint(
-            ["moving_series_id"], ["series.id"], name=op.f("fk_pair_moving_series_id_series")
-        ),
-        sa.ForeignKeyConstraint(
-            ["rule_version"], ["rule_set.version"], name=op.f("fk_pair_rule_version_rule_set")
-        ),
+        sa.ForeignKeyConstraint(["fixed_series_id"], ["series.id"], name=op.f("fk_pair_fixed_series_id_series")),
+        sa.ForeignKeyConstraint(["moving_series_id"], ["series.id"], name=op.f("fk_pair_moving_series_id_series")),
+        sa.ForeignKeyConstraint(["rule_version"], ["rule_set.version"], name=op.f("fk_pair_rule_version_rule_set")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_pair")),
         sa.UniqueConstraint("rule_id", "moving_series_id", name=op.f("uq_pair_rule_id_moving_series_id")),
     )

@@ -1,0 +1,165 @@
+"""The command line: the one room that wires the others together. Nothing imports it.
+
+Exit status: 0 done; 1 could not be done now (port, disk, database); 2 the configuration or the call is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dicomnode import config as configuration
+from dicomnode.errors import ConfigError, LocalError, NodeError
+
+log = logging.getLogger("dicomnode")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except NodeError as error:
+        print(f"dicomnode: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dicomnode", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        return sub
+
+    def config_option(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--config", type=Path, metavar="F", help="configuration file; without it, the defaults")
+
+    config_option(command("serve", _serve, "run listener, scheduler, delivery and one worker, supervised"))
+    worker = command("worker", _worker, "run one registration worker")
+    config_option(worker)
+    worker.add_argument("--supervised", action="store_true", help="stop when standard input closes")
+    check = command("check", _check, "check the configuration and its rules; exit status 0, or 2 with the reason")
+    config_option(check)
+    check.add_argument("--schema", action="store_true", help="print the JSON Schema of the configuration")
+    status = command("status", _status, "show studies, series, jobs and deliveries, with reasons")
+    config_option(status)
+    status.add_argument("--json", action="store_true", help="print JSON")
+    demo = command("demo", _demo, "run the whole line on a generated study, against a stand-in PACS")
+    demo.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="folder for what it makes")
+    return parser
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from dicomnode.service import serve
+
+    config = configuration.load(arguments.config)
+    _log_to_stderr(config.log.level)
+    serve(config, arguments.config, _stop_at_signals())
+    return 0
+
+
+def _worker(arguments: argparse.Namespace) -> int:
+    config = configuration.load(arguments.config)
+    _log_to_stderr(config.log.level)
+    stop = _stop_at_signals()
+    if arguments.supervised:
+        threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
+    # torch comes in here, in the worker's own process
+    from dicomnode.archive import Archive
+    from dicomnode.index import Index
+    from dicomnode.steps import Steps
+    from dicomnode.workflow import Worker
+
+    index = Index(config.database_url)
+    steps = Steps(config, index, Archive(config.data_dir))
+    worker = Worker(index, steps.in_order(), executor_id="worker-0", lock_folder=config.data_dir)
+    worker.start()
+    log.info("worker ready")
+    stop.wait()
+    worker.stop()
+    log.info("worker stopped")
+    # The durable engine's threads now wait for ever between two steps, which is what makes the stop clean.
+    logging.shutdown()
+    os._exit(0)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    if arguments.schema:
+        print(json.dumps(configuration.schema(), indent=2))
+        return 0
+    from dicomnode import rules
+
+    config = configuration.load(arguments.config)
+    rule_set = rules.load(config.rules_path)
+    for warning in config.warnings():
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"ok: {len(config.destinations)} destinations, {len(rule_set.rules)} rules")
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from dicomnode.index import Index
+
+    config = configuration.load(arguments.config)
+    if config.database_file is not None and not config.database_file.exists():
+        raise LocalError(f"{config.database_file}: no such database: the node has not run with this configuration")
+    index = Index(config.database_url)
+    status = index.status()
+    index.close()
+    if arguments.json:
+        print(json.dumps(status, indent=2, default=str))
+    else:
+        for name, rows in status.items():
+            print(f"{name}: {len(rows)}")
+            for row in rows:
+                print("  " + "  ".join(f"{key}={value}" for key, value in row.items() if value not in ("", None, {})))
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from dicomnode.demo import run
+
+    return run(arguments.out)
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(
+        level=level, format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    for chatty in ("alembic", "dbos", "pynetdicom", "pydicom", "highdicom", "PIL"):
+        logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLevelName(level)))
+
+
+def _stop_at_signals() -> threading.Event:
+    """An event that SIGTERM or SIGINT sets; the second one kills at once, as it would have without us."""
+    stop = threading.Event()
+
+    def handle(number: int, _frame: object) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+    return stop
+
+
+def _stop_at_end_of_input(stop: threading.Event) -> None:
+    sys.stdin.buffer.read()
+    stop.set()

@@ -1,0 +1,22 @@
+"""The only room that speaks SQL: what the node knows, one commit per change.
+
+Law: every method is one transaction; database trouble leaves as LocalError; rows never leave, values of
+`dicomnode.model` do.
+
+    database     open, migrate, transactions     tables, migrations   their shape
+    receiving    associations, instances, series pairs                volumes, rule sets, pairs with their jobs
+    jobs         stages, verdicts, products      deliveries           the ledger        status   all of it, to read
+"""
+
+from dicomnode.index.database import create_engine
+from dicomnode.index.deliveries import Deliveries
+from dicomnode.index.jobs import Jobs
+from dicomnode.index.pairs import Enqueue, Pairs
+from dicomnode.index.receiving import Added, Receiving
+from dicomnode.index.status import Status
+
+__all__ = ["Added", "Enqueue", "Index", "create_engine"]
+
+
+class Index(Receiving, Pairs, Jobs, Deliveries, Status):
+    """What the node knows of patients, studies, series, instances, pairs, jobs, products and deliveries."""

@@ -1,0 +1,104 @@
+"""Jobs and what they made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from dicomnode.index.database import Database, insert_new, stored_instance
+from dicomnode.index.tables import delivery, job, pair, product, series
+from dicomnode.model import DeliveryState, Job, JobState, Product, Verdict
+
+
+class Jobs(Database):
+    """How far each job has come, its products, and the deliveries that end it."""
+
+    def job(self, job_id: str) -> Job:
+        """The job of that id."""
+        fixed, moving = series.alias(), series.alias()
+        query = (
+            sa.select(
+                job.c.id, pair.c.rule_id, pair.c.rule_version,
+                fixed.c.series_instance_uid, moving.c.series_instance_uid,
+                job.c.state, job.c.stage, job.c.attempts, job.c.verdict, job.c.reason,
+            )
+            .join(pair, job.c.pair_id == pair.c.id)
+            .join(fixed, pair.c.fixed_series_id == fixed.c.id)
+            .join(moving, pair.c.moving_series_id == moving.c.id)
+            .where(job.c.id == job_id)
+        )  # fmt: skip
+        with self._reading() as connection:
+            row = connection.execute(query).one()
+        verdict = None if row[8] is None else Verdict(row[8])
+        return Job(*row[:5], JobState(row[5]), row[6], row[7], verdict, row[9])
+
+    def take_up_job(self, job_id: str, *, now: datetime) -> int:
+        """A worker begins or resumes the job; how often that has happened, this time included."""
+        with self._writing() as connection:
+            connection.execute(
+                job.update()
+                .where(job.c.id == job_id)
+                .values(state=JobState.RUNNING, attempts=job.c.attempts + 1, stage_started_at=now)
+            )
+            return int(connection.execute(sa.select(job.c.attempts).where(job.c.id == job_id)).scalar_one())
+
+    def lay_down_job(self, job_id: str) -> None:
+        """A worker stops cleanly between two steps: the attempt does not count."""
+        with self._writing() as connection:
+            connection.execute(
+                job.update().where(job.c.id == job_id, job.c.attempts > 0).values(attempts=job.c.attempts - 1)
+            )
+
+    def set_stage(self, job_id: str, stage: str, *, progress: float, now: datetime) -> None:
+        """Note the step in hand and how much of it is done, 0 to 1."""
+        with self._writing() as connection:
+            connection.execute(
+                job.update().where(job.c.id == job_id).values(stage=stage, progress=progress, stage_started_at=now)
+            )
+
+    def judge_job(self, job_id: str, verdict: Verdict, reason: str, report: Mapping[str, Any]) -> None:
+        """Record the verdict with the engine's report."""
+        with self._writing() as connection:
+            connection.execute(
+                job.update().where(job.c.id == job_id).values(verdict=verdict, reason=reason, report=dict(report))
+            )
+
+    def finish_job(self, job_id: str, state: JobState, reason: str, *, now: datetime) -> None:
+        """Close a job: done, rejected, failed or cancelled."""
+        with self._writing() as connection:
+            connection.execute(
+                job.update().where(job.c.id == job_id).values(state=state, reason=reason, progress=1.0, finished_at=now)
+            )
+
+    def add_products(self, products: Iterable[Product]) -> None:
+        """Record what a job made; products that stand already stay as they are."""
+        with self._writing() as connection:
+            for made in products:
+                insert_new(connection, product, {"job_id": made.job_id, "kind": made.kind, **asdict(made.instance)})
+
+    def products_of(self, job_id: str) -> list[Product]:
+        """What a job made, in the order it was made."""
+        with self._reading() as connection:
+            rows = connection.execute(sa.select(product).where(product.c.job_id == job_id).order_by(product.c.id))
+            return [Product(job_id, row["kind"], stored_instance(row)) for row in rows.mappings()]
+
+    def enqueue_deliveries(self, job_id: str, destinations: Sequence[str], *, now: datetime) -> None:
+        """One delivery per (product, destination), once; the job is done with the same commit."""
+        with self._writing() as connection:
+            for product_id in connection.scalars(sa.select(product.c.id).where(product.c.job_id == job_id)).all():
+                for name in destinations:
+                    insert_new(
+                        connection,
+                        delivery,
+                        {
+                            "product_id": product_id, "destination": name, "state": DeliveryState.WAITING,
+                            "attempts": 0, "reason": "", "next_attempt_at": now, "updated_at": now,
+                        },
+                    )  # fmt: skip
+            connection.execute(
+                job.update().where(job.c.id == job_id).values(state=JobState.DONE, progress=1.0, finished_at=now)
+            )

@@ -1,0 +1,183 @@
+"""Associations and instances as they arrive; which series are not yet complete."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import datetime
+from enum import StrEnum
+
+import sqlalchemy as sa
+
+from dicomnode.index.database import Database, inserted_key, series_key, stored_instance, upsert
+from dicomnode.index.tables import association, instance, patient, product, series, study, volume
+from dicomnode.model import Instance, InstanceHeader, SeriesActivity, SeriesState, VolumeRef
+
+
+class Added(StrEnum):
+    """What became of an instance that was offered to the index."""
+
+    NEW = "new"
+    EQUAL = "equal"
+    """The same SOP Instance UID with the same content stands already; nothing changed."""
+    CONFLICT = "conflict"
+    """The same SOP Instance UID with other content stands already; nothing changed."""
+
+
+class Receiving(Database):
+    """From an association to a complete series."""
+
+    def open_association(self, *, calling_ae_title: str, called_ae_title: str, address: str, now: datetime) -> int:
+        """Record an accepted association; its id."""
+        with self._writing() as connection:
+            values = {
+                "calling_ae_title": calling_ae_title[:64],
+                "called_ae_title": called_ae_title[:64],
+                "address": address[:64],
+            }
+            return inserted_key(connection.execute(association.insert().values(**values, opened_at=now)))
+
+    def close_association(self, association_id: int, *, now: datetime) -> None:
+        """Record that an association ended, however it ended."""
+        with self._writing() as connection:
+            connection.execute(association.update().where(association.c.id == association_id).values(closed_at=now))
+
+    def close_all_associations(self, *, now: datetime) -> None:
+        """At start: no association of a former process is open any more."""
+        with self._writing() as connection:
+            connection.execute(association.update().where(association.c.closed_at.is_(None)).values(closed_at=now))
+
+    def add_instance(self, stored: Instance, header: InstanceHeader, *, association_id: int, now: datetime) -> Added:
+        """Index one stored instance; its series is being received again unless it is paired.
+
+        A series belongs to the study and patient of its first instance; that later instances agree is checked
+        when the series is read as a volume.
+        """
+        with self._writing() as connection:
+            known = connection.scalar(
+                sa.select(instance.c.sha256).where(instance.c.sop_instance_uid == stored.sop_instance_uid)
+            )
+            if known is not None:
+                return Added.EQUAL if known == stored.sha256 else Added.CONFLICT
+            series_id = self._series_id(connection, header, now)
+            connection.execute(
+                instance.insert().values(
+                    series_id=series_id, association_id=association_id, received_at=now, **asdict(stored)
+                )
+            )
+            return Added.NEW
+
+    def find_instance(self, sop_instance_uid: str) -> Instance | None:
+        """The stored instance of that UID, or None."""
+        with self._reading() as connection:
+            query = sa.select(instance).where(instance.c.sop_instance_uid == sop_instance_uid)
+            row = connection.execute(query).mappings().first()
+            return None if row is None else stored_instance(row)
+
+    def _series_id(self, connection: sa.Connection, header: InstanceHeader, now: datetime) -> int:
+        patient_id = upsert(
+            connection,
+            patient,
+            {"patient_id": header.patient_id, "issuer_of_patient_id": header.issuer_of_patient_id},
+        )
+        study_id = upsert(
+            connection, study, {"study_instance_uid": header.study_instance_uid}, {"patient_id": patient_id}
+        )
+        series_id = upsert(
+            connection,
+            series,
+            {"series_instance_uid": header.series_instance_uid},
+            {
+                "study_id": study_id,
+                "patient_id": patient_id,
+                "modality": header.modality[:16],
+                "is_own_output": header.is_own_output,
+                "state": SeriesState.RECEIVING,
+                "reason": "",
+                "last_received_at": now,
+            },
+        )
+        is_paired = series.c.state == SeriesState.PAIRED
+        connection.execute(
+            series.update()
+            .where(series.c.id == series_id)
+            .values(
+                last_received_at=now,
+                is_own_output=sa.or_(series.c.is_own_output, sa.literal(header.is_own_output)),
+                state=sa.case((is_paired, SeriesState.PAIRED), else_=SeriesState.RECEIVING),
+                reason=sa.case((is_paired, "instances came after it was paired; they are stored, not used"), else_=""),
+            )
+        )
+        return series_id
+
+    def activities(self) -> list[SeriesActivity]:
+        """Every series that is not yet complete."""
+        is_open = sa.exists().where(
+            instance.c.series_id == series.c.id,
+            association.c.id == instance.c.association_id,
+            association.c.closed_at.is_(None),
+        )
+        query = (
+            sa.select(
+                series.c.series_instance_uid,
+                study.c.study_instance_uid,
+                patient.c.patient_id,
+                patient.c.issuer_of_patient_id,
+                series.c.last_received_at,
+                sa.select(sa.func.count())
+                .where(instance.c.series_id == series.c.id)
+                .scalar_subquery()
+                .label("instances"),
+                is_open.label("receiving"),
+            )
+            .join_from(series, study, series.c.study_id == study.c.id)
+            .join(patient, series.c.patient_id == patient.c.id)
+        )
+        with self._reading() as connection:
+            rows = connection.execute(query.where(series.c.state == SeriesState.RECEIVING)).mappings()
+            return [SeriesActivity(**row) for row in rows]
+
+    def instances_of(self, series_instance_uid: str) -> list[Instance]:
+        """The stored instances of a series, in order of arrival."""
+        query = (
+            sa.select(instance)
+            .join(series, instance.c.series_id == series.c.id)
+            .where(series.c.series_instance_uid == series_instance_uid)
+            .order_by(instance.c.id)
+        )
+        with self._reading() as connection:
+            return [stored_instance(row) for row in connection.execute(query).mappings()]
+
+    def is_own_output(self, series_instance_uid: str) -> bool:
+        """Whether the series carries our mark, or one of its instances is a product of ours."""
+        same = sa.exists().where(
+            instance.c.series_id == series.c.id, product.c.sop_instance_uid == instance.c.sop_instance_uid
+        )
+        query = sa.select(sa.or_(series.c.is_own_output, same)).where(
+            series.c.series_instance_uid == series_instance_uid
+        )
+        with self._reading() as connection:
+            return bool(connection.scalar(query))
+
+    def complete_series(
+        self, activity: SeriesActivity, *, state: SeriesState, reason: str, facts: VolumeRef | None
+    ) -> bool:
+        """Close a series as seen in `activity`; False, and nothing changed, if an instance came meanwhile."""
+        with self._writing() as connection:
+            changed = connection.execute(
+                series.update()
+                .where(
+                    series.c.series_instance_uid == activity.series_instance_uid,
+                    series.c.state == SeriesState.RECEIVING,
+                    series.c.last_received_at == activity.last_received_at,
+                )
+                .values(state=state, reason=reason)
+            )
+            if changed.rowcount != 1:
+                return False
+            series_id = series_key(connection, activity.series_instance_uid)
+            connection.execute(volume.delete().where(volume.c.series_id == series_id))
+            if facts is not None:
+                values = asdict(facts)
+                values["last_received_at"] = facts.last_received_at.isoformat()
+                connection.execute(volume.insert().values(series_id=series_id, facts=values))
+            return True

@@ -1,0 +1,122 @@
+"""The node as one supervised process: listener, scheduler and delivery here, registration in a child process.
+
+Law: this process never imports torch; whatever dies is started again with a growing pause; SIGTERM lets every
+part finish what it has in hand.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from dicomnode import rules, workflow
+from dicomnode.archive import Archive
+from dicomnode.config import Config
+from dicomnode.delivery import DeliveryService
+from dicomnode.errors import LocalError
+from dicomnode.index import Index
+from dicomnode.listener import Listener
+from dicomnode.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.5
+STABLE_AFTER_S = 60.0
+LONGEST_PAUSE_S = 30.0
+
+
+def serve(config: Config, config_path: Path | None, stop: threading.Event) -> None:
+    """Run the node until `stop` is set, then stop every part cleanly.
+
+    Raises
+    ------
+    ConfigError
+        The rules cannot be used.
+    LocalError
+        The data folder, the database or the port cannot be had.
+    """
+    for warning in config.warnings():
+        log.warning(warning)
+    archive = Archive(config.data_dir)
+    archive.sweep()
+    index = Index(config.database_url)
+    index.migrate()
+    workflow.migrate(config.database_url)
+    now = datetime.now(UTC)
+    index.close_all_associations(now=now)
+    rule_set = rules.load(config.rules_path)
+    queue = workflow.JobQueue(index.engine)
+    scheduler = Scheduler(
+        index,
+        archive,
+        rule_set,
+        rule_version=index.rule_set_version(rule_set.text, rule_set.sha256, now=now),
+        quiet_period_s=config.node.quiet_period_s,
+        enqueue=queue.enqueue,
+    )
+    worker = WorkerProcess(config_path)
+    delivery = DeliveryService(config.destinations, index, archive, ae_title=config.node.ae_title)
+    listener = Listener(config, archive, index)
+    try:
+        worker.start()
+        delivery.start()
+        listener.start()
+        while not stop.wait(TICK_S):
+            worker.look_after()
+            try:
+                scheduler.tick(datetime.now(UTC))
+            except LocalError as error:
+                log.error("scheduler: trying again after: %s", error)
+    finally:
+        log.info("stopping")
+        listener.stop()
+        worker.stop()
+        delivery.stop()
+        queue.close()
+        index.close()
+        log.info("stopped")
+
+
+class WorkerProcess:
+    """The child process that registers; restarted when it dies, with a pause that grows while it keeps dying.
+
+    Its standard input is a pipe that nothing is written to: it closes when this process dies, however it dies,
+    and the worker stops.
+    """
+
+    def __init__(self, config_path: Path | None) -> None:
+        at = [] if config_path is None else ["--config", str(config_path)]
+        self._command = [sys.executable, "-m", "dicomnode", "worker", "--supervised", *at]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started_at = 0.0
+        self._pause_s = 1.0
+        self._restart_at = 0.0
+
+    def start(self) -> None:
+        """Start the child."""
+        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE)  # noqa: S603 - our own module
+        self._started_at = time.monotonic()
+
+    def look_after(self) -> None:
+        """Start the child again if it has died and its pause is over."""
+        now = time.monotonic()
+        if self._process is not None and self._process.poll() is not None:
+            status = self._process.returncode
+            self._pause_s = 1.0 if now - self._started_at > STABLE_AFTER_S else min(2 * self._pause_s, LONGEST_PAUSE_S)
+            self._restart_at = now + self._pause_s
+            self._process = None
+            log.error("worker died with status %s; starting it again in %.0f s", status, self._pause_s)
+        if self._process is None and now >= self._restart_at:
+            self.start()
+
+    def stop(self) -> None:
+        """Ask the child to finish its step, and wait for it."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        self._process.wait()

@@ -1,0 +1,241 @@
+"""The index: durable, one commit per change, migrations equal to the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from dicomnode.errors import LocalError
+from dicomnode.index import Added, Index
+from dicomnode.index.tables import METADATA
+from dicomnode.model import (
+    DeliveryState,
+    Instance,
+    InstanceHeader,
+    JobState,
+    Pair,
+    Product,
+    SeriesActivity,
+    SeriesState,
+    Verdict,
+    VolumeRef,
+)
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Iterator[Index]:
+    made = Index(f"sqlite:///{tmp_path}/node.db")
+    made.migrate()
+    yield made
+    made.close()
+
+
+def stored(uid: str, sha256: str = "a" * 64) -> Instance:
+    return Instance(uid, "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.1.2.1", f"{uid}.dcm", sha256, 100)
+
+
+def header(series: str, *, study: str = "1.1", patient: str = "P", own: bool = False) -> InstanceHeader:
+    return InstanceHeader(patient, "", "", "", study, series, "CT", own)
+
+
+def facts(activity: SeriesActivity) -> VolumeRef:
+    return VolumeRef(
+        activity.patient_id, "", "19600101", "F", activity.study_instance_uid, activity.series_instance_uid, "1.9",
+        "CT", (3, 4, 5), tuple(float(n) for n in range(16)), activity.last_received_at, {"Modality": "CT", "Rows": 4},
+    )  # fmt: skip
+
+
+def receive(index: Index, *series: str, now: datetime = NOW) -> None:
+    association = index.open_association(calling_ae_title="CT1", called_ae_title="NODE", address="::1", now=now)
+    for uid in series:
+        index.add_instance(stored(f"{uid}.1"), header(uid), association_id=association, now=now)
+    index.close_association(association, now=now)
+
+
+def complete(index: Index) -> None:
+    for activity in index.activities():
+        index.complete_series(activity, state=SeriesState.UNPAIRED, reason="", facts=facts(activity))
+
+
+def make_job(index: Index) -> str:
+    receive(index, "1.2", "1.3")
+    complete(index)
+    version = index.rule_set_version("rules", "sha", now=NOW)
+    (job_id,) = index.add_pairs([Pair("r", "1.2", "1.3")], {}, rule_version=version, enqueue=no_queue, now=NOW)
+    return job_id
+
+
+def no_queue(connection: sa.Connection, job_id: str) -> None:
+    """Nothing runs in these tests; the job row is what they look at."""
+
+
+def test_the_migrations_make_exactly_the_tables(index: Index) -> None:
+    with index.engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), METADATA) == []
+
+
+def test_migrating_twice_changes_nothing(index: Index) -> None:
+    receive(index, "1.2")
+
+    index.migrate()
+
+    assert len(index.activities()) == 1
+
+
+def test_sqlite_survives_a_power_cut_by_its_settings(index: Index) -> None:
+    with index.engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+
+
+def test_equal_content_is_stored_once_and_other_content_is_a_conflict(index: Index) -> None:
+    receive(index, "1.2")
+
+    again = index.add_instance(stored("1.2.1"), header("1.2"), association_id=1, now=NOW + timedelta(1))
+    other = index.add_instance(stored("1.2.1", "b" * 64), header("1.2"), association_id=1, now=NOW + timedelta(1))
+
+    assert (again, other) == (Added.EQUAL, Added.CONFLICT)
+    assert index.activities()[0].last_received_at == NOW
+    assert index.find_instance("1.2.1") == stored("1.2.1")
+
+
+def test_a_series_is_receiving_while_an_association_that_sent_it_is_open(index: Index) -> None:
+    association = index.open_association(calling_ae_title="A", called_ae_title="B", address="c", now=NOW)
+    index.add_instance(stored("1.2.1"), header("1.2"), association_id=association, now=NOW)
+    assert index.activities()[0].receiving
+
+    index.close_all_associations(now=NOW)
+
+    assert not index.activities()[0].receiving
+
+
+def test_a_series_that_grew_meanwhile_is_not_completed(index: Index) -> None:
+    receive(index, "1.2")
+    (seen,) = index.activities()
+    index.add_instance(stored("1.2.2"), header("1.2"), association_id=1, now=NOW + timedelta(seconds=1))
+
+    assert not index.complete_series(seen, state=SeriesState.UNPAIRED, reason="", facts=None)
+    assert index.activities()[0].instances == 2
+
+
+def test_a_late_instance_reopens_an_unpaired_series_and_only_notes_a_paired_one(index: Index) -> None:
+    make_job(index)
+    receive(index, "1.4")
+    complete(index)
+
+    for series in ("1.2", "1.4"):
+        index.add_instance(stored(f"{series}.9"), header(series), association_id=1, now=NOW)
+
+    states = {row["series_instance_uid"]: (row["state"], row["reason"]) for row in index.status()["series"]}
+    assert states["1.2"] == ("paired", "instances came after it was paired; they are stored, not used")
+    assert states["1.4"] == ("receiving", "")
+
+
+def test_facts_come_back_as_they_were(index: Index) -> None:
+    receive(index, "1.2")
+    (activity,) = index.activities()
+
+    index.complete_series(activity, state=SeriesState.UNPAIRED, reason="", facts=facts(activity))
+
+    assert index.volumes_of("P", "") == [facts(activity)]
+    assert index.patients_to_pair() == [("P", "")]
+
+
+def test_pair_job_and_queue_entry_are_all_or_nothing(index: Index) -> None:
+    receive(index, "1.2", "1.3")
+    complete(index)
+    version = index.rule_set_version("rules", "sha", now=NOW)
+
+    def broken_queue(connection: sa.Connection, _job_id: str) -> None:
+        connection.execute(sa.text("insert into nowhere values (1)"))
+
+    with pytest.raises(LocalError):
+        index.add_pairs([Pair("r", "1.2", "1.3")], {}, rule_version=version, enqueue=broken_queue, now=NOW)
+
+    status = index.status()
+    assert status["jobs"] == []
+    assert {row["state"] for row in status["series"]} == {"unpaired"}
+
+
+def test_a_pair_is_made_once_per_rule_and_moving_series(index: Index) -> None:
+    make_job(index)
+
+    again = index.add_pairs([Pair("r", "1.2", "1.3")], {}, rule_version=1, enqueue=no_queue, now=NOW)
+
+    assert again == []
+    assert index.pairs_of(["1.3"]) == [Pair("r", "1.2", "1.3")]
+
+
+def test_a_changed_rule_set_is_a_new_version_and_an_unchanged_one_is_not(index: Index) -> None:
+    versions = [index.rule_set_version(text, text, now=NOW) for text in ("a", "a", "b", "b", "a")]
+
+    assert versions == [1, 1, 2, 2, 3]
+    assert index.rule_set_text(2) == "b"
+
+
+def test_a_clean_stop_is_no_attempt(index: Index) -> None:
+    job_id = make_job(index)
+
+    counts = [index.take_up_job(job_id, now=NOW)]
+    index.lay_down_job(job_id)
+    counts += [index.take_up_job(job_id, now=NOW), index.take_up_job(job_id, now=NOW)]
+
+    assert counts == [1, 1, 2]
+    assert index.job(job_id).state is JobState.RUNNING
+
+
+def test_deliveries_are_enqueued_once_and_finish_the_job(index: Index) -> None:
+    job_id = make_job(index)
+    index.judge_job(job_id, Verdict.ACCEPT, "", {"seconds": {"affine": 1.5}})
+    index.add_products([Product(job_id, "sro", stored("2.1")), Product(job_id, "dsr", stored("2.2"))])
+
+    for _ in range(2):
+        index.enqueue_deliveries(job_id, ["pacs", "archive"], now=NOW)
+
+    assert [each.instance.sop_instance_uid for each in index.due_deliveries("pacs", now=NOW, limit=9)] == ["2.1", "2.2"]
+    assert len(index.status()["deliveries"]) == 4
+    assert index.job(job_id).state is JobState.DONE
+    assert index.status()["jobs"][0]["report"] == {"seconds": {"affine": 1.5}}
+
+
+def test_a_delivered_instance_is_never_due_again_and_a_delayed_one_when_its_time_comes(index: Index) -> None:
+    job_id = make_job(index)
+    index.add_products([Product(job_id, "sro", stored("2.1")), Product(job_id, "dsr", stored("2.2"))])
+    index.enqueue_deliveries(job_id, ["pacs"], now=NOW)
+    sro, dsr = index.due_deliveries("pacs", now=NOW, limit=9)
+    later = NOW + timedelta(seconds=30)
+
+    index.record_delivery(sro.id, state=DeliveryState.DELIVERED, status=0, reason="", next_attempt_at=None, now=NOW)
+    index.record_delivery(
+        dsr.id, state=DeliveryState.WAITING, status=0xA700, reason="full", next_attempt_at=later, now=NOW
+    )
+
+    assert index.due_deliveries("pacs", now=NOW, limit=9) == []
+    assert index.next_delivery_at("pacs") == later
+    (due,) = index.due_deliveries("pacs", now=later, limit=9)
+    assert (due.id, due.attempts, due.status, due.reason) == (dsr.id, 1, 0xA700, "full")
+
+
+def test_our_own_products_coming_back_are_known_by_their_uids(index: Index) -> None:
+    job_id = make_job(index)
+    index.add_products([Product(job_id, "series", stored("1.7.1"))])
+
+    receive(index, "1.7")
+
+    assert index.is_own_output("1.7")
+    assert not index.is_own_output("1.2")
+
+
+def test_trouble_with_the_database_is_a_local_error(tmp_path: Path) -> None:
+    missing = Index(f"sqlite:///{tmp_path}/no/such/folder/node.db")
+
+    with pytest.raises(LocalError, match="database"):
+        missing.migrate()

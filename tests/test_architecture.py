@@ -1,0 +1,155 @@
+"""The import table: which room may import which, and which room owns which heavy package."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+PURE = {"errors", "model", "conditions", "rules", "completion", "pairing", "volumes", "verdict", "objects"}
+"""No clock, disk, network or database, but for the files whose paths they are given."""
+
+MAY_IMPORT = {
+    "errors": set(),
+    "model": set(),
+    "config": {"errors"},
+    "conditions": {"errors", "model"},
+    "rules": {"conditions", "errors", "config"},
+    "completion": {"model"},
+    "pairing": {"conditions", "errors", "model", "rules"},
+    "volumes": {"errors", "model", "registration_engine"},
+    "verdict": {"errors", "model", "registration_engine"},
+    "objects": {"errors", "model", "volumes", "registration_engine"},
+    "archive": {"errors", "model"},
+    "index": {"errors", "model"},
+    "listener": {"archive", "config", "errors", "index", "model", "volumes"},
+    "delivery": {"archive", "config", "errors", "index", "model"},
+    "scheduler": {"archive", "completion", "errors", "index", "model", "pairing", "rules", "volumes"},
+    "steps": {
+        "archive", "config", "errors", "index", "model", "objects", "rules", "verdict", "volumes",
+        "registration_engine",
+    },
+    "workflow": {"errors", "index", "model"},
+    "service": {
+        "archive", "config", "delivery", "errors", "index", "listener", "rules", "scheduler", "workflow",
+    },
+    "anatomy": set(),
+    "phantom": {"anatomy"},
+    "demo": {"phantom", "errors"},
+    "cli": {
+        "archive", "config", "demo", "errors", "index", "rules", "service", "steps", "workflow",
+    },
+    "__main__": {"cli"},
+    "__init__": set(),
+}  # fmt: skip
+
+OWNERS = {
+    "sqlalchemy": {"dicomnode.index.tables", "dicomnode.index", "dicomnode.migrations", "dicomnode.workflow"},
+    "alembic": {"dicomnode.index"},
+    "dbos": {"dicomnode.workflow"},
+    "pynetdicom": {"dicomnode.listener", "dicomnode.delivery", "dicomnode.demo"},
+    "highdicom": {"dicomnode.volumes", "dicomnode.objects"},
+    "re2": {"dicomnode.conditions", "dicomnode.rules"},
+    "torch": {"registration_engine"},
+    "PIL": {"dicomnode.demo"},
+}
+"""Heavy packages and the only rooms that may import them. The workflow shares the index's connections."""
+
+
+def modules() -> list[Path]:
+    return sorted([*(ROOT / "dicomnode").rglob("*.py"), *(ROOT / "registration_engine").rglob("*.py")])
+
+
+def room_of(path: Path) -> str:
+    """`dicomnode/objects/series.py` belongs to room `objects`."""
+    return path.relative_to(ROOT / "dicomnode").parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module an import names, absolute, lazy and type-checking ones too; relative ones resolved."""
+    package = list(path.relative_to(ROOT).with_suffix("").parts[:-1])
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names.add(module)
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", [p for p in modules() if "dicomnode" in p.parts[len(ROOT.parts)]], ids=str)
+def test_a_room_imports_only_the_rooms_below_it(path: Path) -> None:
+    room = room_of(path)
+    allowed = MAY_IMPORT[room] | {room}
+
+    imported = {
+        name.split(".")[1]
+        for name in imports_of(path)
+        if name.startswith("dicomnode.") and name.split(".")[1] in MAY_IMPORT
+    }
+    if any(name.split(".")[0] == "registration_engine" for name in imports_of(path)):
+        imported.add("registration_engine")
+
+    assert imported <= allowed
+
+
+@pytest.mark.parametrize("path", modules(), ids=str)
+def test_each_heavy_package_has_its_owner(path: Path) -> None:
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    imported = {name.split(".")[0] for name in imports_of(path)}
+
+    strangers = {
+        package
+        for package, owners in OWNERS.items()
+        if package in imported and not any(module == o or module.startswith(f"{o}.") for o in owners)
+    }
+
+    assert strangers == set()
+
+
+@pytest.mark.parametrize("path", [p for p in modules() if "registration_engine" in p.parts], ids=str)
+def test_the_engine_has_never_heard_of_dicom_networking_sql_or_the_node(path: Path) -> None:
+    imported = {name.split(".")[0] for name in imports_of(path)}
+    third_party = imported - set(sys.stdlib_module_names) - {"registration_engine", "numpy", "torch", "SimpleITK"}
+
+    assert third_party == set()
+
+
+def test_no_room_imports_the_command_line() -> None:
+    assert [r for r, below in MAY_IMPORT.items() if "cli" in below] == ["__main__"]
+
+
+def test_serving_never_imports_torch() -> None:
+    code = "import dicomnode.cli, dicomnode.service, sys; sys.exit('torch' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in modules() if "migrations" not in p.parts and p.stem != "__main__"], ids=str
+)
+def test_importing_a_module_has_no_side_effect(path: Path) -> None:
+    """No thread, no file, no logging handler, no warning filter, no environment change, nothing printed."""
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    code = (
+        "import importlib, logging, os, sys, threading, warnings\n"
+        # third-party packages bring effects of their own; what counts is what our import adds
+        "import numpy, pydicom, pynetdicom, highdicom, SimpleITK, sqlalchemy, alembic.command\n"
+        "import dbos, pydantic, re2, PIL.Image\n"
+        "if sys.argv[1].startswith(('registration_engine', 'dicomnode.steps')): import torch\n"
+        "def state(): return (threading.active_count(), len(logging.getLogger().handlers), list(warnings.filters),\n"
+        "                     dict(os.environ), sorted(os.listdir('.')), os.getcwd(), numpy.geterr())\n"
+        "before = state(); importlib.import_module(sys.argv[1]); sys.exit(before != state())"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code, module], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
