@@ -1,1 +1,23 @@
-"""DICOM-native PACS node."""
+"""DICOM-native PACS node: the map of this package.
+
+    instance received   listener      bytes as sent, to a temporary file of the archive
+      → stored          archive       fsync → rename → fsync folder
+      → indexed         index         commit; only now the answer 0x0000
+    series complete     completion    pure: open associations, quiet period
+      → volume          volumes       pure: one series → one regular volume, or the measured reason why not
+      → pairs           pairing       pure: rules + complete volumes → pairs, and for the rest the reason
+      → job             workflow      pair and durable job in one transaction
+    job claimed         workflow      in the worker process
+      → registration    steps         registration_engine.register
+      → verdict         verdict       pure: accept · warn · reject
+      → objects         objects       pure: registered series, SRO, DSR; UIDs derived from the inputs
+      → deliveries      index         one row per (instance, destination)
+    delivered           delivery      Storage SCU with back-off
+
+    config, document, rules, conditions, derived, partners   what an administrator writes, and what it means
+    scheduler           reads the index, asks the pure rooms, writes what they decided
+    service             supervises all of it; cli wires it together
+    demo, phantom, anatomy   `dicomnode demo`: a generated study through the whole line
+
+Rooms of the shell (listener, scheduler, steps, delivery) meet in the index and never import each other.
+"""
