@@ -118,8 +118,9 @@ def _status(arguments: argparse.Namespace) -> int:
     from dicomnode.index import Index
 
     config = configuration.load(arguments.config)
-    if config.database_file is not None and not config.database_file.exists():
-        raise LocalError(f"{config.database_file}: no such database: the node has not run with this configuration")
+    file = Path(config.database_url.removeprefix("sqlite:///"))
+    if config.database_url.startswith("sqlite:///") and not file.exists():
+        raise LocalError(f"{file}: no such database: the node has not run with this configuration")
     index = Index(config.database_url)
     status = index.status()
     index.close()
@@ -141,10 +142,10 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _log_to_stderr(level: str) -> None:
     logging.basicConfig(
-        level=level, format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        level=level.upper(), format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
     for chatty in ("alembic", "dbos", "pynetdicom", "pydicom", "highdicom", "PIL"):
-        logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLevelName(level)))
+        logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
 
 
 def _stop_at_signals() -> threading.Event:

@@ -5,6 +5,8 @@ Law: whoever decides about a retry reads `error.retry` and nothing else. Message
 
 from __future__ import annotations
 
+import traceback
+
 
 class NodeError(Exception):
     """Abstract base; children set `retry` and say who can mend the trouble."""
@@ -67,3 +69,8 @@ class UnsupportedImageError(StudyError):
 
 class RegistrationRejectedError(StudyError):
     """The registration ran and its result was not good enough to send."""
+
+
+def stack(error: BaseException) -> str:
+    """Where an error arose, without its text, which may quote a data set (and so a patient)."""
+    return "".join(traceback.format_tb(error.__traceback__))

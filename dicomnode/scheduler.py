@@ -10,7 +10,7 @@ from datetime import datetime
 
 from dicomnode import completion, pairing, volumes
 from dicomnode.archive import Archive
-from dicomnode.errors import LocalError, StudyError
+from dicomnode.errors import LocalError, StudyError, stack
 from dicomnode.index import Enqueue, Index
 from dicomnode.model import SeriesActivity, SeriesState, VolumeRef
 from dicomnode.rules import RuleSet
@@ -82,7 +82,7 @@ class Scheduler:
             log.info("series %s refused: %s", uid, error)
             self._index.complete_series(activity, state=SeriesState.REFUSED, reason=str(error), facts=None)
         except Exception as error:  # one hostile series must not stop the others
-            log.exception("series %s cannot be read", uid)
+            log.error("series %s cannot be read: %s\n%s", uid, type(error).__name__, stack(error))
             reason = f"cannot be read: {type(error).__name__}: {error}"
             self._index.complete_series(activity, state=SeriesState.REFUSED, reason=reason, facts=None)
         else:
@@ -96,7 +96,7 @@ class Scheduler:
         except LocalError:
             raise
         except Exception as error:  # a fault with one patient must not stop the others
-            log.exception("pairing failed")
+            log.error("pairing failed: %s\n%s", type(error).__name__, stack(error))
             reasons = {each.series_instance_uid: f"pairing failed: {error!r}" for each in candidates}
             self._index.add_pairs([], reasons, rule_version=self._rule_version, enqueue=self._enqueue, now=now)
             self._look_at.pop(patient, None)

@@ -14,7 +14,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from dicomnode import rules, workflow
+from dicomnode import rules, volumes, workflow
 from dicomnode.archive import Archive
 from dicomnode.config import Config
 from dicomnode.delivery import DeliveryService
@@ -61,7 +61,18 @@ def serve(config: Config, config_path: Path | None, stop: threading.Event) -> No
     )
     worker = WorkerProcess(config_path)
     delivery = DeliveryService(config.destinations, index, archive, ae_title=config.node.ae_title)
-    listener = Listener(config, archive, index)
+    listener = Listener(
+        config.node.ae_title,
+        config.node.host,
+        config.node.port,
+        archive,
+        index,
+        volumes.instance_header,
+        known_peers=[(peer.ae_title, peer.host) for peer in config.peers] if config.access.mode == "known" else None,
+        max_associations=config.limits.max_associations,
+        max_pdu=config.limits.max_pdu,
+        network_timeout_s=config.limits.network_timeout_s,
+    )
     try:
         worker.start()
         delivery.start()
@@ -74,9 +85,10 @@ def serve(config: Config, config_path: Path | None, stop: threading.Event) -> No
                 log.error("scheduler: trying again after: %s", error)
     finally:
         log.info("stopping")
+        worker.ask_to_stop()
         listener.stop()
-        worker.stop()
         delivery.stop()
+        worker.wait()
         queue.close()
         index.close()
         log.info("stopped")
@@ -114,9 +126,12 @@ class WorkerProcess:
         if self._process is None and now >= self._restart_at:
             self.start()
 
-    def stop(self) -> None:
-        """Ask the child to finish its step, and wait for it."""
-        if self._process is None:
-            return
-        self._process.terminate()
-        self._process.wait()
+    def ask_to_stop(self) -> None:
+        """Ask the child to finish the step in hand and end."""
+        if self._process is not None:
+            self._process.terminate()
+
+    def wait(self) -> None:
+        """Wait for the child to end; a registration in hand may take its minutes."""
+        if self._process is not None:
+            self._process.wait()

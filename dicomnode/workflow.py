@@ -21,7 +21,7 @@ from typing import TypeVar
 import sqlalchemy as sa
 from dbos import DBOS, DBOSClient, DBOSPortableJSONSerializer, WorkflowSerializationFormat
 
-from dicomnode.errors import LocalError, NodeError, RegistrationRejectedError
+from dicomnode.errors import LocalError, NodeError, RegistrationRejectedError, stack
 from dicomnode.index import Index, create_engine
 from dicomnode.model import JobState
 
@@ -187,11 +187,11 @@ class Worker:
         return True
 
     def _run(self, name: str, step: Callable[[str], dict[str, str]], job_id: str) -> dict[str, str]:
-        _patiently(lambda: self._index.set_stage(job_id, name, progress=0.0, now=_now()))
+        _patiently(lambda: self._index.set_stage(job_id, name, now=_now()))
         try:
             return step(job_id)
         except Exception as error:  # the step's retries are used up
-            log.exception("job %s: step %s failed for good", job_id, name)
+            log.error("job %s: step %s failed for good: %s\n%s", job_id, name, error, stack(error))
             return {"state": JobState.FAILED, "reason": f"{name}: {error}"}
 
 
@@ -207,7 +207,7 @@ def _outcome_of(step: Step) -> Callable[[str], dict[str, str]]:
             rejected = isinstance(error, RegistrationRejectedError)
             return {"state": JobState.REJECTED if rejected else JobState.FAILED, "reason": str(error)}
         except Exception as error:  # a bug: keep the trace, fail this job, go on with the next
-            log.exception("job %s: unexpected error", job_id)
+            log.error("job %s: unexpected %s\n%s", job_id, type(error).__name__, stack(error))
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{os.path.basename(where.filename)}:{where.lineno}"
             return {
