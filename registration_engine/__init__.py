@@ -1,23 +1,58 @@
-"""Registration of medical volumes by test-time optimisation: volumes and millimetres, nothing of DICOM networking."""
+"""Registration of medical volumes by test-time optimisation: volumes and millimetres, nothing of DICOM networking.
+
+    volume         images, grids, fields, registrations   spaces     the one home of axis order and normalised points
+    prepare        foreground, intensity scale, margins   affine     rigid and affine start
+    losses         similarities and their gradients       optimize   the field, coarse to fine
+    field          compose, smooth, invert, Jacobian      metrics    what the report says
+    engine         register(): all of it in order         presets    the table of named values
+    resampling     warp()                                 files, cli NIfTI, MHA and NRRD from the command line
+
+`register` and `warp` are loaded when first asked for: a program that only describes volumes needs no torch.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from registration_engine.errors import (
     ImplausibleResultError,
+    InvalidRequestError,
     InvalidVolumeError,
     NoOverlapError,
     OutOfDeviceMemoryError,
     RegistrationError,
 )
+from registration_engine.presets import PRESETS, Preset
 from registration_engine.volume import DisplacementField, Grid, Registration, Report, Volume
 
+if TYPE_CHECKING:
+    from registration_engine.engine import register
+    from registration_engine.resampling import warp
+
 __all__ = [
+    "PRESETS",
     "DisplacementField",
     "Grid",
     "ImplausibleResultError",
+    "InvalidRequestError",
     "InvalidVolumeError",
     "NoOverlapError",
     "OutOfDeviceMemoryError",
+    "Preset",
     "Registration",
     "RegistrationError",
     "Report",
     "Volume",
+    "register",
+    "warp",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "register":
+        from registration_engine.engine import register
+
+        return register
+    if name == "warp":
+        from registration_engine.resampling import warp
+
+        return warp
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,3 +19,7 @@ class OutOfDeviceMemoryError(RegistrationError):
 
 class ImplausibleResultError(RegistrationError):
     """Folding or displacement beyond the preset: nothing is better than this result."""
+
+
+class InvalidRequestError(RegistrationError, ValueError):
+    """What was asked for does not exist here: a preset, a device."""

@@ -38,11 +38,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         affine = np.array(self.affine, dtype=np.float64)
-        if (
-            affine.shape != (4, 4)
-            or not np.isfinite(affine).all()
-            or not np.array_equal(affine[3], [0, 0, 0, 1])
-        ):
+        if affine.shape != (4, 4) or not np.isfinite(affine).all() or not np.array_equal(affine[3], [0, 0, 0, 1]):
             raise InvalidVolumeError(
                 f"Grid affine: got {self.affine!r}, expected a finite (4, 4) with last row 0 0 0 1"
             )
@@ -54,9 +50,7 @@ class Grid:
             raise InvalidVolumeError(f"Grid spacing: got {spacing.tolist()} mm, expected positive values")
         shear = float(np.abs((axes / spacing).T @ (axes / spacing) - np.eye(3)).max())
         if shear > 1e-3:
-            raise InvalidVolumeError(
-                f"Grid axes are not orthogonal: largest cosine {shear:.4f}, expected below 0.001"
-            )
+            raise InvalidVolumeError(f"Grid axes are not orthogonal: largest cosine {shear:.4f}, expected below 0.001")
         affine.setflags(write=False)
         object.__setattr__(self, "affine", affine)
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
@@ -82,9 +76,7 @@ class Grid:
 
     def is_same_as(self, other: Grid, *, tolerance_mm: float = 1e-3) -> bool:
         """Whether both grids have one shape and every voxel centre within the tolerance."""
-        corners = np.array([[k, j, i] for k in (0, 1) for j in (0, 1) for i in (0, 1)]) * (
-            np.array(self.shape) - 1
-        )
+        corners = np.array([[k, j, i] for k in (0, 1) for j in (0, 1) for i in (0, 1)]) * (np.array(self.shape) - 1)
         return self.shape == other.shape and bool(
             np.abs(self.points_mm(corners) - other.points_mm(corners)).max() <= tolerance_mm
         )
@@ -118,9 +110,7 @@ class Volume:
             )
         bad = int(voxels.size - np.count_nonzero(np.isfinite(voxels)))
         if bad:
-            raise InvalidVolumeError(
-                f"Volume: {bad} of {voxels.size} voxels are NaN or infinite, expected none"
-            )
+            raise InvalidVolumeError(f"Volume: {bad} of {voxels.size} voxels are NaN or infinite, expected none")
         if voxels is self.voxels:
             voxels = voxels.view()
         voxels.setflags(write=False)
@@ -226,9 +216,7 @@ class Registration:
 
     def total_field(self) -> DisplacementField:
         """The whole map as one displacement field on the fixed grid, affine included."""
-        k, j, i = np.meshgrid(
-            *[np.arange(n, dtype=np.float64) for n in self.grid.shape], indexing="ij", sparse=True
-        )
+        k, j, i = np.meshgrid(*[np.arange(n, dtype=np.float64) for n in self.grid.shape], indexing="ij", sparse=True)
         total = np.empty((*self.grid.shape, 3), dtype=np.float32)
         linear = (self.moving_from_fixed - np.eye(4))[:3] @ self.grid.affine
         for c in range(3):

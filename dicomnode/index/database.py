@@ -29,7 +29,8 @@ def create_engine(url: str) -> sa.Engine:
 
     SQLite: WAL, synchronous=FULL, 30 s busy time-out, transactions that take the write lock at once.
     """
-    engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+    # parameters may name the patient, and errors are logged
+    engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"), hide_parameters=True)
     if engine.dialect.name == "sqlite":
 
         @sa.event.listens_for(engine, "connect")

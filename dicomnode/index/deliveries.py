@@ -43,15 +43,6 @@ class Deliveries(Database):
                 for row in connection.execute(query).mappings()
             ]
 
-    def next_delivery_at(self, destination: str) -> datetime | None:
-        """When the next waiting delivery of a destination may be tried, or None."""
-        query = sa.select(sa.func.min(delivery.c.next_attempt_at)).where(
-            delivery.c.destination == destination, delivery.c.state == DeliveryState.WAITING
-        )
-        with self._reading() as connection:
-            at: datetime | None = connection.scalar(query)
-            return at
-
     def record_delivery(
         self,
         delivery_id: int,

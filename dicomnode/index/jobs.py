@@ -53,12 +53,17 @@ class Jobs(Database):
                 job.update().where(job.c.id == job_id, job.c.attempts > 0).values(attempts=job.c.attempts - 1)
             )
 
-    def set_stage(self, job_id: str, stage: str, *, progress: float, now: datetime) -> None:
-        """Note the step in hand and how much of it is done, 0 to 1."""
+    def set_stage(self, job_id: str, stage: str, *, now: datetime) -> None:
+        """Note the step that begins."""
         with self._writing() as connection:
             connection.execute(
-                job.update().where(job.c.id == job_id).values(stage=stage, progress=progress, stage_started_at=now)
+                job.update().where(job.c.id == job_id).values(stage=stage, progress=0.0, stage_started_at=now)
             )
+
+    def set_progress(self, job_id: str, progress: float) -> None:
+        """Note how much of the step in hand is done, 0 to 1."""
+        with self._writing() as connection:
+            connection.execute(job.update().where(job.c.id == job_id).values(progress=progress))
 
     def judge_job(self, job_id: str, verdict: Verdict, reason: str, report: Mapping[str, Any]) -> None:
         """Record the verdict with the engine's report."""

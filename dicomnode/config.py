@@ -1,0 +1,262 @@
+"""The node's configuration: one YAML file → frozen models, or every mistake in it by file, line and key.
+
+Law: `load` reads its one file and nothing else. Names of later sections are fixed here and have no effect yet, which
+is said; a section whose silence would harm (`tls`) is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from dicomnode import document
+from dicomnode.document import ProblemError, Section
+from dicomnode.errors import ConfigError
+from dicomnode.model import Destination
+
+PRESETS = ("fast", "balanced", "accurate", "rigid")
+"""Presets of the engine that a configuration or rule may name. Repeated here because this process must not import
+the engine; a test compares the two."""
+
+RESERVED = ("sources", "web", "storage", "retention", "notify", "audit")
+"""Sections of later versions: accepted, warned about, without effect."""
+
+
+def load(path: Path | None) -> Config:
+    """Read the configuration.
+
+    Parameters
+    ----------
+    path
+        A YAML file; relative paths in it are relative to its folder. None: every default, under the current folder.
+
+    Raises
+    ------
+    ConfigError
+        The file cannot be read or used; one problem per line.
+    """
+    if path is None:
+        return _resolved(Config(), Path.cwd())
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), "(whole file)", str(error), "a readable UTF-8 file") from None
+    return _resolved(document.check(document.parse(text, str(path)), Config), path.absolute().parent)
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of the configuration file, with descriptions, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+
+
+def _ae_title(text: str) -> str:
+    # PS3.5 Table 6.2-1, VR AE: default repertoire without backslash and control characters, at most 16 bytes,
+    # leading and trailing spaces not significant (so refused here, where they can only be a slip).
+    if not re.fullmatch(r"[\x20-\x7e]{1,16}", text) or "\\" in text or text != text.strip():
+        raise ValueError("an AE title: 1 to 16 ASCII characters, no backslash, no space at either end")
+    return text
+
+
+def _matching(pattern: str, expected: str) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(expected)
+        return text
+
+    return check
+
+
+def _database_url(url: str) -> str:
+    if re.fullmatch(r"postgresql\+psycopg://.+", url):
+        return url
+    if not re.fullmatch(r"sqlite:///[^?]+", url) or ":memory:" in url:
+        raise ValueError("sqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE")
+    return url
+
+
+def _refuse_tls(value: object) -> None:
+    if value is not None:
+        # Going on without it would send patients' images in the clear while the file says otherwise.
+        raise ValueError("no tls section: TLS is not available in this version; use a tunnel or a trusted network")
+
+
+def _mapping_or_list(value: object) -> object:
+    if value is not None and not isinstance(value, dict | list):
+        raise ValueError("a mapping")
+    return value
+
+
+AETitle = Annotated[str, AfterValidator(_ae_title), Field(min_length=1, max_length=16)]
+Host = Annotated[str, AfterValidator(_matching(r"[^\s/@]+", "a host name or address")), Field(min_length=1)]
+Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
+Name = Annotated[str, AfterValidator(_matching(r"[A-Za-z0-9._-]{1,64}", "1 to 64 letters, digits or . _ -"))]
+Device = Annotated[str, AfterValidator(_matching(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N (N from 0)"))]
+Reserved = Annotated[
+    Any, BeforeValidator(_mapping_or_list), Field(description="Reserved for a later version; no effect yet.")
+]
+
+
+def preset_name(name: str) -> str:
+    """`name` if the engine has such a preset; else ValueError with the nearest one."""
+    if name not in PRESETS:
+        raise ValueError(f"one of {', '.join(PRESETS)}{document.nearest(name, PRESETS)}")
+    return name
+
+
+Preset = Annotated[str, AfterValidator(preset_name), Field(json_schema_extra={"enum": list(PRESETS)})]
+
+
+class NodeSection(Section):
+    """Who this node is and where it keeps what it has received."""
+
+    ae_title: AETitle = Field(default="DICOMNODE", description="Our AE title.")
+    host: Host = Field(default="0.0.0.0", description="Address to listen on.")  # noqa: S104 -- a DICOM node is there to be reached
+    port: Port = Field(default=11112, description="Port to listen on.")
+    data_dir: Path = Field(default=Path("dicomnode-data"), description="Folder of the received instances and results.")
+    quiet_period_s: float = Field(
+        default=30.0, strict=True, gt=0, description="A series is complete this long after its last instance, seconds."
+    )
+
+
+class DatabaseSection(Section):
+    """Where the index is kept."""
+
+    url: Annotated[str, AfterValidator(_database_url)] = Field(
+        default="sqlite:///{data_dir}/node.db",
+        repr=False,  # it may carry a password
+        description="sqlite:///FILE or postgresql+psycopg://…; {data_dir} stands for node.data_dir.",
+    )
+
+
+class DestinationSection(Section):
+    """A Storage SCP that results are sent to."""
+
+    name: Name = Field(description="Our word for it, unique.")
+    ae_title: AETitle = Field(description="Its AE title.")
+    host: Host = Field(description="Its host name or address.")
+    port: Port = Field(description="Its port.")
+
+
+class WorkerSection(Section):
+    """How registrations are computed."""
+
+    device: Device = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
+    preset: Preset = Field(default="balanced", description="Preset of rules that name none.")
+
+
+class AccessSection(Section):
+    """Who may send."""
+
+    mode: Literal["any", "known"] = Field(
+        default="any", description="any: whoever reaches the port; known: only those listed under peers."
+    )
+
+
+class PeerSection(Section):
+    """A system that may send where access.mode is known."""
+
+    ae_title: AETitle = Field(description="Its calling AE title.")
+    host: Host | None = Field(default=None, description="Its address; left out: any address.")
+
+
+class LimitsSection(Section):
+    """Bounds on what peers may ask of us."""
+
+    max_associations: int = Field(default=20, strict=True, ge=1, le=1000, description="Associations open at once.")
+    max_pdu: int = Field(
+        default=131072, strict=True, ge=4096, le=1048576, description="Largest PDU we accept, bytes (PS3.8 D.1)."
+    )
+    network_timeout_s: float = Field(
+        default=60.0, strict=True, gt=0, description="An association silent for this long is closed, seconds."
+    )
+
+
+class LogSection(Section):
+    """What is logged."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least severity to log.")
+
+
+class Config(Section):
+    """The whole configuration; every path absolute and the database URL complete once `load` has returned it."""
+
+    node: NodeSection = NodeSection()
+    database: DatabaseSection = DatabaseSection()
+    destination_sections: tuple[DestinationSection, ...] = Field(
+        default=(), alias="destinations", description="Where results are sent."
+    )
+    worker: WorkerSection = WorkerSection()
+    rules_path: Path | None = Field(
+        default=None, alias="rules", description="The pairing rules' file; left out: nothing is registered."
+    )
+    access: AccessSection = AccessSection()
+    peers: tuple[PeerSection, ...] = Field(default=(), description="Systems that may send where access.mode is known.")
+    limits: LimitsSection = LimitsSection()
+    log: LogSection = LogSection()
+    tls: Annotated[None, BeforeValidator(_refuse_tls)] = Field(default=None, description="Refused in this version.")
+    sources: Reserved = None
+    web: Reserved = None
+    storage: Reserved = None
+    retention: Reserved = None
+    notify: Reserved = None
+    audit: Reserved = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        names = [destination.name for destination in self.destination_sections]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise ProblemError(("destinations", index, "name"), name, "a name that no other destination has")
+        if self.access.mode == "known" and not self.peers:
+            raise ProblemError(("peers",), "no peers", "at least one peer where access.mode is known")
+        return self
+
+    @property
+    def data_dir(self) -> Path:
+        """Folder of the received instances and results."""
+        return self.node.data_dir
+
+    @property
+    def database_url(self) -> str:
+        """Where the index is kept."""
+        return self.database.url
+
+    @property
+    def destinations(self) -> tuple[Destination, ...]:
+        """Where results are sent."""
+        return tuple(Destination(d.name, d.ae_title, d.host, d.port) for d in self.destination_sections)
+
+    def warnings(self) -> list[str]:
+        """What is allowed and yet worth a line at each start."""
+        found = []
+        if self.access.mode == "any":
+            found.append("access.mode is any: every system that reaches the port may send; see access and peers")
+        if not self.destinations:
+            found.append("no destinations are configured: results are kept and sent nowhere")
+        if self.rules_path is None:
+            found.append("no rules are configured: series are received and never registered")
+        found += [
+            f"section {name} is reserved for a later version and has no effect yet"
+            for name in RESERVED
+            if getattr(self, name) is not None
+        ]
+        return found
+
+
+def _resolved(config: Config, folder: Path) -> Config:
+    """The same with absolute paths and the database URL complete."""
+    data_dir = folder / config.node.data_dir.expanduser()
+    url = config.database.url.replace("{data_dir}", str(data_dir))
+    if url.startswith("sqlite:///"):
+        url = f"sqlite:///{folder / url.removeprefix('sqlite:///')}"
+    return config.model_copy(
+        update={
+            "node": config.node.model_copy(update={"data_dir": data_dir}),
+            "database": config.database.model_copy(update={"url": url}),
+            "rules_path": None if config.rules_path is None else folder / config.rules_path.expanduser(),
+        }
+    )

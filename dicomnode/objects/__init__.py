@@ -1,0 +1,100 @@
+"""The DICOM objects that go back: registered series, Spatial Registration, Deformable Spatial Registration.
+
+Law: pure. UIDs come from the inputs and from how they were registered, so that making an object again makes the same
+object, and another result never hides under an old UID. No object leaves unless `check` found nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import numpy as np
+from pydicom import Dataset
+from pydicom.config import disable_value_validation
+
+from dicomnode.objects.common import Provenance, SourceSeries, Subject
+from dicomnode.objects.deformable import SampledField, deformable_registration, sample_grid
+from dicomnode.objects.invariants import check
+from dicomnode.objects.series import registered_series
+from dicomnode.objects.spatial import spatial_registration
+from registration_engine import Registration, Volume
+
+__all__ = ["Provenance", "SampledField", "SourceSeries", "build", "check", "sample_grid"]
+
+OUTPUTS = ("series", "sro", "sro_affine", "dsr")
+"""What can be asked for. `sro` is the rigid stage, `sro_affine` the whole linear part."""
+
+
+def build(
+    fixed: SourceSeries,
+    moving: SourceSeries,
+    moving_volume: Volume,
+    registration: Registration,
+    sampled: SampledField,
+    *,
+    outputs: Collection[str],
+    provenance: Provenance,
+    warning: str = "",
+) -> Iterator[tuple[str, Dataset]]:
+    """Make the objects of one pair, one at a time: registration objects first, then the slices of the series.
+
+    Parameters
+    ----------
+    moving_volume
+        As `volumes.load` gives it, of the moving series.
+    sampled
+        `sample_grid(registration)`: the very field that the deformable object carries and the series is made with.
+    outputs
+        Some of `OUTPUTS`.
+    warning
+        Why the verdict was a warning, to be written into the objects; empty where it was not.
+
+    Yields
+    ------
+    tuple[str, Dataset]
+        Kind (series, sro, dsr) and a data set with file meta information, Explicit VR Little Endian, ready for
+        `save_as(..., enforce_file_format=True)`.
+
+    Raises
+    ------
+    StudyError
+        The series are not of one patient.
+    """
+    if unknown := set(outputs) - set(OUTPUTS):
+        raise ValueError(f"outputs: got {sorted(unknown)}, expected some of {', '.join(OUTPUTS)}")
+    if not registration.grid.is_same_as(fixed.grid):
+        raise ValueError(f"registration: is on a grid of shape {registration.grid.shape}, expected the fixed series'")
+    subject = Subject(fixed, moving, provenance, registration.displacement is not None, warning)
+    return _tolerant(_made(subject, moving_volume, registration, sampled, set(outputs)))
+
+
+def _made(
+    subject: Subject, moving: Volume, registration: Registration, sampled: SampledField, outputs: set[str]
+) -> Iterator[tuple[str, Dataset]]:
+    deformable = deformable_registration(subject, sampled) if "dsr" in outputs else None
+    if deformable is not None:
+        yield "dsr", check(deformable, subject)
+    stages = (("sro", "RIGID", registration.rigid), ("sro_affine", "AFFINE", registration.moving_from_fixed))
+    for output, matrix_type, matrix in stages:
+        if output in outputs:
+            spatial = spatial_registration(
+                subject,
+                matrix,
+                matrix_type=matrix_type,
+                is_total=not subject.is_deformable and np.allclose(matrix, registration.moving_from_fixed),
+                has_deformable=deformable is not None,
+            )
+            yield "sro", check(spatial, subject)
+    if "series" in outputs:
+        for dataset in registered_series(subject, moving, sampled, deformable):
+            yield "series", check(dataset, subject, also=deformable)
+
+
+def _tolerant(made: Iterator[tuple[str, Dataset]]) -> Iterator[tuple[str, Dataset]]:
+    """Carry source values over as they are, however malformed; what is ours is well-formed by construction."""
+    while True:
+        with disable_value_validation():
+            one = next(made, None)
+        if one is None:
+            return
+        yield one

@@ -1,0 +1,377 @@
+"""What every object shares: provenance, deterministic UIDs, patient, study, equipment and references.
+
+Law: nothing here asks for the time, a random number or a file; the same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from pydicom import Dataset
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import UID, ExplicitVRLittleEndian
+from pydicom.valuerep import DSfloat
+
+from dicomnode.errors import StudyError
+from dicomnode.volumes import SOFTWARE_NAME, geometry
+from registration_engine import Grid
+
+_NAMESPACE = uuid.UUID("5a9f3f2e-6d0b-5f0c-9f5e-3f0e1f6b8c21")  # ours; changing it changes every UID
+
+# PS3.3 C.7.2.1 and C.7.2.2, beside groups 0010 (patient) and 0012 (clinical trial, de-identification)
+_STUDY = (
+    "StudyInstanceUID",
+    "StudyDate",
+    "StudyTime",
+    "StudyID",
+    "AccessionNumber",
+    "IssuerOfAccessionNumberSequence",
+    "ReferringPhysicianName",
+    "ReferringPhysicianIdentificationSequence",
+    "StudyDescription",
+    "PhysiciansOfRecord",
+    "ProcedureCodeSequence",
+    "AdmittingDiagnosesDescription",
+)
+_TYPE_2 = (
+    "PatientName",
+    "PatientID",
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyDate",
+    "StudyTime",
+    "StudyID",
+    "AccessionNumber",
+    "ReferringPhysicianName",
+)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a registration was made; written into every object, and into its UIDs but for `created_at`.
+
+    Attributes
+    ----------
+    parameters
+        What the preset does not say, as JSON values.
+    device_class
+        cpu or cuda.
+    created_at
+        Aware. Written in the time zone that the images state, else in its own.
+    """
+
+    rule_id: str
+    rule_version: int
+    preset: str
+    software_version: str
+    device_class: str
+    created_at: datetime
+    model_sha256: str | None = None
+    parameters: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class SourceSeries:
+    """One complete series, headers enough, that objects are made from and refer to.
+
+    Attributes
+    ----------
+    datasets
+        In slice order of `grid`.
+    digests
+        sha256 of each instance's data set by SOP Instance UID.
+    """
+
+    datasets: tuple[Dataset, ...]
+    digests: Mapping[str, str]
+    grid: Grid
+
+    @staticmethod
+    def of(datasets: Sequence[Dataset], digests: Mapping[str, str]) -> SourceSeries:
+        """Order the instances by position; raises what `volumes.geometry` raises."""
+        stack = geometry(datasets)
+        return SourceSeries(stack.datasets, digests, stack.grid)
+
+    @property
+    def first(self) -> Dataset:
+        """The instance that stands for what all have in common."""
+        return self.datasets[0]
+
+    @property
+    def frame_of_reference_uid(self) -> str:
+        """As received; made from the series where absent, so that every object of a series agrees."""
+        made = _uid(["frame of reference", str(self.first.SeriesInstanceUID)])
+        return str(self.first.get("FrameOfReferenceUID") or made)
+
+    def references(self) -> list[Dataset]:
+        """Referenced SOP Class and Instance UID of every instance."""
+        return [reference(dataset) for dataset in self.datasets]
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """The pair at hand: what all its objects are about.
+
+    Attributes
+    ----------
+    is_deformable
+        The registration has more than a linear part.
+    warning
+        Why the verdict was a warning; empty where it was not.
+
+    Raises
+    ------
+    StudyError
+        The series are not of one patient.
+    """
+
+    fixed: SourceSeries
+    moving: SourceSeries
+    provenance: Provenance
+    is_deformable: bool
+    warning: str = ""
+
+    def __post_init__(self) -> None:
+        fixed, moving = self.fixed.first, self.moving.first
+        if not fixed.get("PatientID") and fixed.StudyInstanceUID != moving.StudyInstanceUID:
+            raise StudyError(
+                f"Series {fixed.SeriesInstanceUID} and {moving.SeriesInstanceUID} have no PatientID and are of two "
+                "studies, expected one known patient"
+            )
+        for keyword in ("PatientID", "IssuerOfPatientID"):
+            if (fixed.get(keyword) or "") != (moving.get(keyword) or ""):
+                raise StudyError(
+                    f"Series {fixed.SeriesInstanceUID} and {moving.SeriesInstanceUID} differ in {keyword}, "
+                    "expected one patient"
+                )
+
+    def uid(self, kind: str, index: int = 0) -> UID:
+        """The UID of one object of this pair: the same for the same inputs, another for any other."""
+        return _uid([self._inputs, kind, index])
+
+    @cached_property
+    def known(self) -> Mapping[str, tuple[str, str]]:
+        """Study and Series Instance UID of every source instance, by SOP Instance UID."""
+        sources = (*self.fixed.datasets, *self.moving.datasets)
+        return {str(d.SOPInstanceUID): (str(d.StudyInstanceUID), str(d.SeriesInstanceUID)) for d in sources}
+
+    @cached_property
+    def _inputs(self) -> str:
+        """Everything that decides what the objects hold, but for the time they are made at."""
+        made_by = self.provenance
+        series = [
+            sorted((uid, each.digests[uid]) for uid in (str(d.SOPInstanceUID) for d in each.datasets))
+            for each in (self.fixed, self.moving)
+        ]
+        how = [made_by.rule_id, made_by.rule_version, made_by.preset, dict(made_by.parameters)]
+        software = [made_by.software_version, made_by.model_sha256, made_by.device_class]
+        return json.dumps([*series, *how, *software], sort_keys=True)
+
+
+def registration_object(
+    subject: Subject, sop_class_uid: UID, kind: str, *, number: int, label: str, text: str
+) -> Dataset:
+    """Everything of a registration object but its registration module; modality REG, in the fixed study.
+
+    Parameters
+    ----------
+    number
+        Added to the moving series' number.
+    label, text
+        Content Label and Content Description.
+    """
+    fixed = subject.fixed.first
+    dataset = new_dataset(sop_class_uid, subject.uid(kind))
+    copy_patient_and_study(fixed, dataset)
+    set_times(dataset, fixed, subject.provenance.created_at)
+    dataset.SpecificCharacterSet = character_set(subject)
+    dataset.SeriesInstanceUID = subject.uid(f"{kind} series")
+    dataset.SeriesNumber = series_number(subject.moving.first, number)
+    dataset.SeriesDescription = pair_description(subject)
+    dataset.Modality = "REG"
+    # PS3.3 C.7.3.1: Laterality is 2C where the body part is paired and unsaid
+    if fixed.get("BodyPartExamined"):
+        dataset.BodyPartExamined = fixed.BodyPartExamined
+    else:
+        dataset.Laterality = fixed.get("Laterality") or ""
+    dataset.FrameOfReferenceUID = subject.fixed.frame_of_reference_uid
+    dataset.PositionReferenceIndicator = fixed.get("PositionReferenceIndicator") or ""
+    dataset.Manufacturer = SOFTWARE_NAME
+    dataset.ManufacturerModelName = SOFTWARE_NAME
+    dataset.DeviceSerialNumber = subject.provenance.software_version
+    dataset.SoftwareVersions = software_versions(subject.provenance)
+    dataset.ContributingEquipmentSequence = [contributing_equipment(subject, dataset)]
+    dataset.InstanceNumber = 1
+    dataset.ContentLabel = label
+    dataset.ContentDescription = long_string(text)
+    dataset.ContentCreatorName = ""
+    refer(dataset, [(series.first, series.references()) for series in (subject.fixed, subject.moving)])
+    dataset.remove_private_tags()  # those within copied sequences
+    return dataset
+
+
+def new_dataset(sop_class_uid: UID, sop_instance_uid: UID) -> Dataset:
+    """An empty data set of Explicit VR Little Endian, ready for `save_as(..., enforce_file_format=True)`."""
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = sop_class_uid
+    dataset.file_meta.MediaStorageSOPInstanceUID = sop_instance_uid
+    dataset.SOPClassUID = sop_class_uid
+    dataset.SOPInstanceUID = sop_instance_uid
+    return dataset
+
+
+def copy_patient_and_study(source: Dataset, target: Dataset) -> None:
+    """Copy the Patient, General Study and Patient Study modules; type 2 elements are always there."""
+    for element in (*source.group_dataset(0x0010), *source.group_dataset(0x0012)):
+        if not element.tag.is_private:
+            target.add(copy.deepcopy(element))
+    for keyword in _STUDY:
+        if keyword in source:
+            target.add(copy.deepcopy(source[keyword]))
+    for keyword in _TYPE_2:
+        if keyword not in target:
+            setattr(target, keyword, "")
+
+
+def character_set(subject: Subject) -> str | list[str]:
+    """The fixed series', so that patient and study keep their bytes, where it can write the moving's text."""
+    fixed, moving = (series.first.get("SpecificCharacterSet") for series in (subject.fixed, subject.moving))
+    return copy.deepcopy(fixed) if fixed and (not moving or fixed == moving) else "ISO_IR 192"
+
+
+def set_times(target: Dataset, source: Dataset, created_at: datetime) -> None:
+    """Instance creation, series and content times, in the time zone that `source` states, if it does."""
+    offset = str(source.get("TimezoneOffsetFromUTC") or "")
+    if found := re.fullmatch(r"([+-])(\d{2})(\d{2})", offset):
+        sign = -1 if found[1] == "-" else 1
+        created_at = created_at.astimezone(timezone(sign * timedelta(hours=int(found[2]), minutes=int(found[3]))))
+        target.TimezoneOffsetFromUTC = offset
+    for what in ("InstanceCreation", "Series", "Content"):
+        setattr(target, f"{what}Date", created_at.strftime("%Y%m%d"))
+        setattr(target, f"{what}Time", created_at.strftime("%H%M%S"))
+
+
+def contributing_equipment(subject: Subject, target: Dataset) -> Dataset:
+    """The item that names this software and says how the object was made; also the loop guard's mark."""
+    made_by = subject.provenance
+    text = (
+        f"rule {made_by.rule_id} version {made_by.rule_version}; preset {made_by.preset}; "
+        f"parameters {json.dumps(dict(made_by.parameters), sort_keys=True)}; "
+        f"model {made_by.model_sha256 or 'none'}; device {made_by.device_class}"
+    )
+    item = Dataset()
+    item.PurposeOfReferenceCodeSequence = [code("109102", "Processing Equipment")]
+    item.Manufacturer = SOFTWARE_NAME
+    item.ManufacturerModelName = SOFTWARE_NAME
+    item.SoftwareVersions = software_versions(made_by)
+    item.ContributionDateTime = f"{target.ContentDate}{target.ContentTime}"
+    item.ContributionDescription = ascii_text(text)[:1024]
+    return item
+
+
+def software_versions(provenance: Provenance) -> list[str]:
+    """The software's version, and the network's where one took part."""
+    model = [f"model {provenance.model_sha256[:32]}"] if provenance.model_sha256 else []
+    return [provenance.software_version, *model]
+
+
+def refer(target: Dataset, referred: Iterable[tuple[Dataset, Sequence[Dataset]]]) -> None:
+    """Write the Common Instance Reference module, PS3.3 C.12.2: same study apart from other studies.
+
+    Parameters
+    ----------
+    referred
+        One instance of each series, and the references to that series' instances.
+    """
+    here: list[Dataset] = []
+    elsewhere: dict[str, list[Dataset]] = {}
+    for instance, references in referred:
+        item = Dataset()
+        item.ReferencedInstanceSequence = [copy.deepcopy(each) for each in references]
+        item.SeriesInstanceUID = instance.SeriesInstanceUID
+        study = str(instance.StudyInstanceUID)
+        (here if study == target.StudyInstanceUID else elsewhere.setdefault(study, [])).append(item)
+    if here:
+        target.ReferencedSeriesSequence = here
+    if elsewhere:
+        target.StudiesContainingOtherReferencedInstancesSequence = [_study(*each) for each in elsewhere.items()]
+
+
+def reference(dataset: Dataset, *, purpose: Dataset | None = None) -> Dataset:
+    """Referenced SOP Class UID and Referenced SOP Instance UID of an instance."""
+    item = Dataset()
+    item.ReferencedSOPClassUID = dataset.SOPClassUID
+    item.ReferencedSOPInstanceUID = dataset.SOPInstanceUID
+    if purpose is not None:
+        item.PurposeOfReferenceCodeSequence = [purpose]
+    return item
+
+
+def code(value: str, meaning: str) -> Dataset:
+    """A code of the DICOM Controlled Terminology."""
+    item = Dataset()
+    item.CodeValue = value
+    item.CodingSchemeDesignator = "DCM"
+    item.CodeMeaning = meaning
+    return item
+
+
+def matrix_item(matrix: npt.NDArray[np.float64], kind: str) -> Dataset:
+    """Frame of Reference Transformation Matrix, row-major, and its type: RIGID or AFFINE."""
+    item = Dataset()
+    item.FrameOfReferenceTransformationMatrix = [decimal(value) for value in matrix.ravel()]
+    item.FrameOfReferenceTransformationMatrixType = kind
+    return item
+
+
+def decimal(value: float) -> DSfloat:
+    """The number as a Decimal String of at most 16 characters."""
+    return DSfloat(float(value) + 0.0, auto_format=True)  # + 0.0 turns -0 into 0
+
+
+def pair_description(subject: Subject) -> str:
+    """`REG <moving> to <fixed>`, at most 64 characters."""
+    names = [
+        str(s.first.get("SeriesDescription") or s.first.get("SeriesNumber") or "series")
+        for s in (subject.moving, subject.fixed)
+    ]
+    moving, fixed = names if sum(map(len, names)) <= 56 else [name[:28] for name in names]
+    return f"REG {moving} to {fixed}"
+
+
+def series_number(moving: Dataset, offset: int) -> int:
+    """The moving series' number plus an offset, within Integer String."""
+    return min(int(moving.get("SeriesNumber") or 0), 10**8) + offset
+
+
+def long_string(text: str) -> str:
+    """Text for VR LO: one line of at most 64 characters."""
+    return ascii_text(text)[:64]
+
+
+def ascii_text(text: str) -> str:
+    """Our own sentences in the repertoire that every Specific Character Set has; no backslash."""
+    return text.encode("ascii", "replace").decode().replace("\\", "/").replace("\n", " ")
+
+
+def _study(study_instance_uid: str, series: list[Dataset]) -> Dataset:
+    item = Dataset()
+    item.ReferencedSeriesSequence = series
+    item.StudyInstanceUID = study_instance_uid
+    return item
+
+
+def _uid(parts: list[object]) -> UID:
+    """PS3.5 B.2: 2.25 and a UUID, here of version 5."""
+    return UID(f"2.25.{uuid.uuid5(_NAMESPACE, json.dumps(parts, sort_keys=True)).int}")

@@ -1,0 +1,236 @@
+"""`register`: two volumes in, one judged registration out."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from registration_engine import affine, optimize
+from registration_engine import field as fields
+from registration_engine.errors import ImplausibleResultError, InvalidRequestError, OutOfDeviceMemoryError
+from registration_engine.metrics import Regularity, normalized_mutual_information, regularity
+from registration_engine.prepare import Prepared, prepared
+from registration_engine.presets import Preset, preset_named
+from registration_engine.spaces import (
+    Lattice,
+    Matrix,
+    linear_coordinates,
+    sample_where_valid,
+    sampling_from_world,
+    world_from_lattice,
+    world_from_sampling,
+)
+from registration_engine.volume import Grid, Registration, Report, Volume
+
+Progress = Callable[[str, float], None]
+_JUDGED_VOXELS = 1_500_000  # similarity is measured on a thinned fixed grid of this size
+
+
+def register(
+    fixed: Volume,
+    moving: Volume,
+    *,
+    preset: str | Preset = "balanced",
+    device: str = "auto",
+    seed: int = 0,
+    fixed_mask: Volume | None = None,
+    moving_mask: Volume | None = None,
+    progress: Progress | None = None,
+) -> Registration:
+    """Find where each point of the fixed image lies in the moving image.
+
+    Grids may differ in size, spacing, orientation and extent; contrasts may differ. Points outside the moving image's
+    field of view exert no force. The same input on the same device gives the same bits.
+
+    Parameters
+    ----------
+    preset
+        A name of `PRESETS`, or a row of one's own.
+    device
+        "auto", "cpu", "cuda" or "cuda:N"; "auto" takes an accelerator where there is one.
+    seed
+        Recorded in the report. This form of the engine draws no random numbers.
+    fixed_mask, moving_mask
+        On their image's grid; only voxels above 0 count.
+    progress
+        Called with a stage ("prepare", "linear", "field", "judge") and the share of it that is done, 0…1. An
+        exception it raises ends the registration.
+
+    Raises
+    ------
+    InvalidRequestError
+        Unknown preset or device.
+    InvalidVolumeError
+        Constant image, fewer than four voxels along an axis, a mask on another grid or an empty one.
+    NoOverlapError
+        The images share no physical space after every start that was tried.
+    ImplausibleResultError
+        The field folds, or moves the body farther than the preset allows.
+    OutOfDeviceMemoryError
+        The device has too little memory.
+    """
+    chosen = preset_named(preset) if isinstance(preset, str) else preset
+    torch_device = _device(device)
+    try:
+        with torch.no_grad():
+            return _register(
+                fixed, moving, chosen, torch_device, seed, fixed_mask, moving_mask, progress or (lambda *_: None)
+            )
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfDeviceMemoryError(
+            f"Device {torch_device}: too little memory for fixed {fixed.grid.shape}, moving {moving.grid.shape}, "
+            f"preset {chosen.name}"
+        ) from error
+
+
+def _register(
+    fixed_volume: Volume,
+    moving_volume: Volume,
+    preset: Preset,
+    device: torch.device,
+    seed: int,
+    fixed_mask: Volume | None,
+    moving_mask: Volume | None,
+    progress: Progress,
+) -> Registration:
+    seconds: dict[str, float] = {}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    with _timed("prepare", seconds, progress):
+        fixed = prepared(fixed_volume, fixed_mask, "Fixed", device)
+        moving = prepared(moving_volume, moving_mask, "Moving", device)
+
+    with _timed("linear", seconds, progress):
+        with _one_thread():
+            start = affine.align(
+                fixed, moving, with_affine=bool(preset.iterations), progress=lambda part: progress("linear", part)
+            )
+        judge = _Judge(fixed, moving)
+        before = judge.similarity(np.eye(4) if start.world_overlaps else start.centered)
+        linear, after = start.affine, judge.similarity(start.affine)
+
+    field: Tensor | None = None
+    if preset.iterations:
+        with _timed("field", seconds, progress):
+            small, grid = optimize.refine(fixed, moving, linear, preset, lambda part: progress("field", part))
+            field = fields.resize(small, grid, fixed.grid)
+            refined = judge.similarity(linear, field)
+            if refined > after:
+                after = refined
+            else:
+                field.zero_()
+
+    with _timed("judge", seconds, progress):
+        found = Regularity(0.0, 0.0, 0.0)
+        if field is not None:
+            found = regularity(field, fixed.foreground, Lattice.of(fixed.grid, device).spacing_mm)
+        _refuse_implausible(found, preset)
+        displacement = None if field is None else _world_displacement(field, fixed.grid, linear)
+    report = Report(
+        preset=preset.name,
+        device=str(device),
+        seed=seed,
+        model_sha256=None,
+        similarity_before=before,
+        similarity_after=after,
+        folding_fraction=found.folding_fraction,
+        sdlogj=found.sdlogj,
+        max_displacement_mm=found.max_displacement_mm,
+        seconds=seconds,
+        peak_memory_bytes=_peak_memory(device),
+    )
+    return Registration(fixed_volume.grid, start.rigid, linear, displacement, report)
+
+
+class _Judge:
+    """Measures every candidate map on the same points of the fixed grid."""
+
+    def __init__(self, fixed: Prepared, moving: Prepared) -> None:
+        voxels = float(np.prod(fixed.grid.shape))
+        step = max(1, int(np.ceil((voxels / _JUDGED_VOXELS) ** (1 / 3))))
+        self._thin = (slice(None), *(slice(None, None, min(step, max(1, n // 8))) for n in fixed.grid.shape))
+        self._moving = torch.cat([moving.image, moving.valid])
+        self._fixed, self._valid = fixed.image[self._thin][0], fixed.valid[self._thin][0]
+        self._identity = Lattice.of(fixed.grid, fixed.image.device).identity[self._thin]
+        self._world_from_fixed = world_from_sampling(fixed.grid)
+        self._moving_from_world = sampling_from_world(moving.grid)
+        self._world_from_lattice = world_from_lattice(fixed.grid)
+
+    def similarity(self, moving_from_fixed: Matrix, field: Tensor | None = None) -> float:
+        """Normalized mutual information over the overlap after moving_from_fixed ∘ (id + field)."""
+        to_moving = self._moving_from_world @ moving_from_fixed
+        points = linear_coordinates(self._identity, torch.from_numpy(to_moving @ self._world_from_fixed))
+        if field is not None:
+            per_mm = torch.tensor(to_moving[:3, :3] @ self._world_from_lattice, dtype=torch.float32)
+            points = points + torch.tensordot(per_mm.to(field.device), field[self._thin], dims=1)
+        warped, valid = sample_where_valid(self._moving, points)
+        return normalized_mutual_information(self._fixed, warped, self._valid * valid)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InvalidRequestError(f"Device: got {name!r}, expected auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda") or (
+        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise InvalidRequestError(
+            f"Device: got {name!r}, expected auto, cpu or one of {torch.cuda.device_count()} cuda"
+        )
+    return device
+
+
+@contextmanager
+def _timed(stage: str, seconds: dict[str, float], progress: Progress) -> Iterator[None]:
+    progress(stage, 0.0)
+    started = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - started
+    progress(stage, 1.0)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep small work on one thread: on a busy machine a second one only waits, for up to ten times the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _refuse_implausible(found: Regularity, preset: Preset) -> None:
+    if found.folding_fraction > 0:
+        raise ImplausibleResultError(
+            f"The field folds in {found.folding_fraction:.3%} of the fixed body, expected nowhere"
+        )
+    if found.max_displacement_mm > preset.largest_displacement_mm:
+        raise ImplausibleResultError(
+            f"The field moves the body by up to {found.max_displacement_mm:.1f} mm beyond the linear map, "
+            f"expected {preset.largest_displacement_mm:g} mm at most (preset {preset.name})"
+        )
+
+
+def _world_displacement(field: Tensor, grid: Grid, moving_from_fixed: Matrix) -> npt.NDArray[np.float32]:
+    """(Z, Y, X, 3) LPS mm: what x → moving_from_fixed @ (x + field) adds to moving_from_fixed @ x."""
+    world = torch.tensor(moving_from_fixed[:3, :3] @ world_from_lattice(grid), dtype=torch.float32)
+    moved = torch.tensordot(world.to(field.device), field, dims=1)
+    return np.ascontiguousarray(moved.movedim(0, -1).cpu().numpy(), dtype=np.float32)
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB

@@ -1,0 +1,82 @@
+"""Volumes and fields from and to image files, by SimpleITK: NIfTI, MetaImage, NRRD."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from registration_engine.errors import InvalidVolumeError
+from registration_engine.resampling import field_image, grid_of, image_of, simpleitk
+from registration_engine.volume import DisplacementField, Volume
+
+
+def read_volume(path: Path) -> Volume:
+    """Read one scalar three-dimensional image.
+
+    Raises
+    ------
+    InvalidVolumeError
+        Unreadable; not three-dimensional; vectors or colours; NaN; a sheared grid.
+    """
+    image = _read(path)
+    if image.GetNumberOfComponentsPerPixel() != 1:
+        raise InvalidVolumeError(
+            f"{path}: got {image.GetNumberOfComponentsPerPixel()} values per voxel, expected a scalar image"
+        )
+    return Volume(simpleitk().GetArrayFromImage(image).astype(np.float32), grid_of(image))
+
+
+def read_field(path: Path) -> DisplacementField:
+    """Read a displacement field: three components per voxel, x, y, z in LPS mm.
+
+    Raises
+    ------
+    InvalidVolumeError
+        Unreadable; not a three-dimensional image of three components; NaN.
+    """
+    image = _read(path)
+    if image.GetNumberOfComponentsPerPixel() != 3:
+        raise InvalidVolumeError(
+            f"{path}: got {image.GetNumberOfComponentsPerPixel()} values per voxel, expected a field of 3"
+        )
+    return DisplacementField(simpleitk().GetArrayFromImage(image), grid_of(image))
+
+
+def write_volume(path: Path, volume: Volume) -> None:
+    """Write an image; the suffix says the format.
+
+    Raises
+    ------
+    OSError
+        The format is unknown or the file cannot be written.
+    """
+    _write(path, image_of(volume.voxels, volume.grid))
+
+
+def write_field(path: Path, field: DisplacementField) -> None:
+    """Write a field as `sitk.DisplacementFieldTransform(sitk.ReadImage(path, sitk.sitkVectorFloat64))` takes it."""
+    _write(path, simpleitk().Cast(field_image(field), simpleitk().sitkVectorFloat32))
+
+
+def _read(path: Path) -> Any:
+    try:
+        image = simpleitk().ReadImage(str(path))
+    except RuntimeError as error:
+        raise InvalidVolumeError(f"{path}: cannot be read as an image ({_last_line(error)})") from None
+    if image.GetDimension() != 3:
+        raise InvalidVolumeError(f"{path}: got {image.GetDimension()} dimensions, expected 3")
+    return image
+
+
+def _write(path: Path, image: Any) -> None:
+    try:
+        simpleitk().WriteImage(image, str(path), useCompression=True)
+    except RuntimeError as error:
+        raise OSError(f"{path}: cannot be written ({_last_line(error)})") from None
+
+
+def _last_line(error: RuntimeError) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else "no reason given"

@@ -1,0 +1,145 @@
+"""Test-time optimisation of a displacement field: coarse to fine, composed small smooth steps.
+
+Each step is short, smooth and composed with the field so far, which keeps the map one to one; a floor on the local
+volume change watches over what the discretisation lets through. Deterministic: no random numbers, and no sum whose
+order a device may choose.
+
+References
+----------
+Jena et al., FireANTs: Adaptive Riemannian optimization for multi-scale diffeomorphic matching, arXiv 2404.01249.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from registration_engine import field as fields
+from registration_engine.level import Level
+from registration_engine.losses import local_correlation, mutual_information
+from registration_engine.prepare import Prepared
+from registration_engine.presets import Preset
+from registration_engine.search import search
+from registration_engine.spaces import Lattice, Matrix
+from registration_engine.volume import Grid
+
+_BETA_FORCE, _BETA_SQUARE = 0.9, 0.99
+_DAMPING = 3.0  # Adam's floor as a multiple of the RMS: flat background must not move as hard as an edge
+_LONGEST_STEP = 0.5  # voxels of the level
+_PLATEAU_STEPS, _PLATEAU_GAIN = 10, 1e-4
+_GUARD_EVERY, _GUARD_TRIES = 10, 40
+_MARGIN_MM = 10.0
+
+
+def refine(
+    fixed: Prepared,
+    moving: Prepared,
+    moving_from_fixed: Matrix,
+    preset: Preset,
+    progress: Callable[[float], None],
+) -> tuple[Tensor, Grid]:
+    """Find the displacement that makes the moving image like the fixed one.
+
+    The moving image is sampled at moving_from_fixed @ (x + displacement(x)). `progress` is called with the share
+    done, 0…1; an exception it raises ends the optimisation.
+
+    Returns
+    -------
+    tuple[Tensor, Grid]
+        (3, Z, Y, X), lattice mm, and the grid it is sampled on: that of the fixed body, no finer than the preset says.
+    """
+    body = fixed.cropped(_MARGIN_MM)
+    finest = body.spacing_for(preset.voxels)
+    body, moving = body.reduced(finest), moving.reduced(finest)
+    levels = [
+        (n, finest * 2.0**up) for up, n in zip(range(len(preset.iterations))[::-1], preset.iterations, strict=True)
+    ]
+    effort = [iterations / spacing**3 for iterations, spacing in levels]
+    displacement, grid = _searched(body, moving, moving_from_fixed, preset)
+    for number, (iterations, spacing) in enumerate(levels):
+        level = Level.of(body.reduced(spacing), moving.reduced(spacing), moving_from_fixed)
+        displacement = fields.resize(displacement, grid, level.fixed.grid)
+        grid = level.fixed.grid
+        done, share = sum(effort[:number]) / sum(effort), effort[number] / sum(effort)
+        for part, refined in _refined(level, displacement, preset, iterations, spacing):
+            progress(done + share * part)
+            displacement = refined
+    return displacement, grid
+
+
+def _searched(body: Prepared, moving: Prepared, moving_from_fixed: Matrix, preset: Preset) -> tuple[Tensor, Grid]:
+    """The start of the coarsest level: the discrete search's displacement where that is better than none."""
+    spacing = max(preset.search_mm, float(body.grid.spacing_mm.min()))
+    level = Level.of(body.reduced(spacing), moving.reduced(spacing), moving_from_fixed)
+    none = torch.zeros_like(level.lattice.identity)
+    found = search(level, spacing_mm=spacing)
+    found = unfolded(found, level.lattice, smallest_determinant=preset.smallest_determinant)
+    better = _force(level, found, preset)[0] > _force(level, none, preset)[0]
+    return (found if better else none), level.fixed.grid
+
+
+def unfolded(displacement: Tensor, lattice: Lattice, *, smallest_determinant: float) -> Tensor:
+    """The displacement, smoothed just where the local volume change falls below the floor, and a little around."""
+    spacing = max(lattice.spacing_mm)
+    for _ in range(_GUARD_TRIES):
+        low = fields.jacobian_determinant(displacement, lattice.spacing_mm) < smallest_determinant
+        if not low.any():
+            break
+        near = fields.smooth(low.float()[None], spacing, lattice)
+        # A lone voxel keeps 6 percent of itself under this Gaussian: every low voxel is blended in full.
+        blend = (near * 20).clamp_(max=1)
+        displacement = displacement + blend * (fields.smooth(displacement, 1.5 * spacing, lattice) - displacement)
+    return displacement
+
+
+def _refined(
+    level: Level, displacement: Tensor, preset: Preset, iterations: int, spacing_mm: float
+) -> Iterator[tuple[float, Tensor]]:
+    """Yield the share of the steps done and the displacement after each, the last one free of folds."""
+    lattice = level.lattice
+    mean = torch.zeros_like(displacement)
+    square = torch.zeros_like(displacement)
+    values: list[float] = []
+    for step in range(1, iterations + 1):
+        value, force = _force(level, displacement, preset)
+        values.append(value)
+        if _is_flat(values):
+            break
+        mean.lerp_(force, 1 - _BETA_FORCE)
+        square.mul_(_BETA_SQUARE).addcmul_(force, force, value=1 - _BETA_SQUARE)
+        root = (square / (1 - _BETA_SQUARE**step)).sqrt_()
+        floor = _DAMPING * root.square().mean().sqrt() + 1e-20
+        update = fields.smooth(
+            mean / (1 - _BETA_FORCE**step) / (root + floor), preset.step_smoothing * spacing_mm, lattice
+        )
+        longest = update.square().sum(0).max().sqrt()
+        update *= _LONGEST_STEP * spacing_mm / longest.clamp(min=1e-20)
+        displacement = fields.compose(displacement, update, lattice)
+        displacement = fields.smooth(displacement, preset.field_smoothing * spacing_mm, lattice)
+        if step % _GUARD_EVERY == 0:
+            displacement = unfolded(displacement, lattice, smallest_determinant=preset.smallest_determinant)
+        yield step / iterations, displacement
+    yield 1.0, unfolded(displacement, lattice, smallest_determinant=preset.smallest_determinant)
+
+
+def _force(level: Level, displacement: Tensor, preset: Preset) -> tuple[float, Tensor]:
+    """Similarity now, and its ascent direction (3, Z, Y, X) by the displacement of each voxel."""
+    warped, weight = level.warped(displacement)
+    fixed = level.fixed.image[0]
+    value, slope = 0.0, torch.zeros_like(warped)
+    for share, (term, gradient) in (
+        (1 - preset.local_share, mutual_information(fixed, warped, weight, bins=preset.bins)),
+        (preset.local_share, local_correlation(fixed, warped, weight, width=preset.window)),
+    ):
+        value += share * term
+        slope += share * gradient / gradient.square().mean().sqrt().clamp(min=1e-20)
+    return value, slope * fields.gradient(warped[None], level.lattice.spacing_mm)
+
+
+def _is_flat(values: list[float]) -> bool:
+    """Whether the last ten steps gained next to nothing."""
+    if len(values) <= _PLATEAU_STEPS:
+        return False
+    return values[-1] - values[-1 - _PLATEAU_STEPS] < _PLATEAU_GAIN * abs(values[-1 - _PLATEAU_STEPS])

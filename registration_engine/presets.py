@@ -1,0 +1,73 @@
+"""The presets: one frozen row each. A new number here needs the measurement that asked for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from registration_engine.errors import InvalidRequestError
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How one registration is done and what it may not do.
+
+    Attributes
+    ----------
+    voxels
+        Largest working grid; its finest voxel size follows from it, never below the fixed image's own.
+    iterations
+        Steps of the field per level, coarse to fine, each level half the voxel size of the one before; empty for a
+        linear registration.
+    local_share
+        Weight of local correlation beside mutual information, 0…1, each force divided by its RMS first.
+    search_mm
+        Step of the discrete search that finds large motion before the field is optimised.
+    step_smoothing, field_smoothing
+        Gaussians on each step and on the whole field, in finest voxel sides of the level.
+    bins, window
+        Joint histogram size; side of the correlation window in voxels.
+    smallest_determinant
+        Floor of the local volume change of the field.
+    largest_displacement_mm
+        A field that moves any foreground point farther than this beyond the linear map is refused.
+    """
+
+    name: str
+    voxels: int
+    iterations: tuple[int, ...]
+    local_share: float = 0.5
+    search_mm: float = 7.0
+    step_smoothing: float = 1.0
+    field_smoothing: float = 0.6
+    bins: int = 32
+    window: int = 5
+    smallest_determinant: float = 0.1
+    largest_displacement_mm: float = 60.0
+
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        preset.name: preset
+        for preset in (
+            Preset("rigid", voxels=1_000_000, iterations=()),
+            Preset("fast", voxels=400_000, iterations=(60, 60, 30)),
+            Preset("balanced", voxels=1_000_000, iterations=(60, 60, 60, 40)),
+            Preset("accurate", voxels=8_000_000, iterations=(60, 60, 60, 40, 12)),
+        )
+    }
+)
+
+
+def preset_named(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises
+    ------
+    InvalidRequestError
+        No preset has this name.
+    """
+    if name not in PRESETS:
+        raise InvalidRequestError(f"Preset: got {name!r}, expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,136 @@
+import numpy as np
+import pytest
+import torch
+
+from registration_engine import field as fields
+from registration_engine.optimize import unfolded
+from registration_engine.spaces import Lattice
+from registration_engine.volume import Grid
+
+CPU = torch.device("cpu")
+
+
+def _grid(shape=(24, 26, 28), spacing=(3.0, 1.5, 2.0)) -> Grid:
+    return Grid(shape, np.diag([*spacing, 1.0])[[2, 1, 0, 3]])
+
+
+def _positions(grid: Grid) -> torch.Tensor:
+    """(3, Z, Y, X), lattice mm (i, j, k) from the first voxel."""
+    axes = [torch.arange(n, dtype=torch.float32) * s for n, s in zip(grid.shape, grid.spacing_mm, strict=True)]
+    k, j, i = torch.meshgrid(*axes, indexing="ij")
+    return torch.stack([i, j, k])
+
+
+def _wave(grid: Grid, amplitude_mm: float) -> torch.Tensor:
+    i, j, k = _positions(grid)
+    window = torch.ones(())
+    for axis, n in enumerate(grid.shape):
+        profile = torch.sin(torch.linspace(0, np.pi, n)) ** 2
+        window = window * profile.view([-1 if a == axis else 1 for a in range(3)])
+    return amplitude_mm * window * torch.stack([torch.sin(j / 9), torch.cos(k / 20), torch.sin(i / 11)])
+
+
+def test_composing_two_linear_maps_gives_their_product():
+    grid = _grid()
+    lattice, x = Lattice.of(grid, CPU), _positions(grid)
+    inner_matrix = torch.eye(3) + torch.tensor([[0.02, 0.01, 0.0], [0.0, -0.03, 0.02], [0.01, 0.0, 0.02]])
+    outer_matrix = torch.eye(3) + torch.tensor([[0.0, -0.02, 0.01], [0.03, 0.01, 0.0], [0.0, 0.02, -0.02]])
+
+    def displacement(matrix):
+        return torch.tensordot(matrix - torch.eye(3), x, dims=1)
+
+    composed = fields.compose(displacement(outer_matrix), displacement(inner_matrix), lattice)
+
+    inside = (slice(None), slice(2, -2), slice(2, -2), slice(2, -2))
+    assert torch.allclose(composed[inside], displacement(outer_matrix @ inner_matrix)[inside], atol=2e-3)
+
+
+def test_the_jacobian_of_a_linear_map_is_its_determinant():
+    grid = _grid()
+    matrix = torch.tensor([[1.1, 0.1, 0.0], [0.05, 0.9, -0.1], [0.0, 0.2, 1.2]])
+    field = torch.tensordot(matrix - torch.eye(3), _positions(grid), dims=1)
+
+    determinant = fields.jacobian_determinant(field, Lattice.of(grid, CPU).spacing_mm)
+
+    assert determinant.shape == grid.shape
+    assert torch.allclose(determinant, torch.linalg.det(matrix).expand(grid.shape), atol=1e-3)
+
+
+def test_the_jacobian_of_a_reflected_axis_is_negative():
+    grid = _grid()
+    field = torch.zeros(3, *grid.shape)
+    field[0] = -2 * _positions(grid)[0]
+
+    assert (fields.jacobian_determinant(field, Lattice.of(grid, CPU).spacing_mm) < -0.99).all()
+
+
+def test_a_field_after_its_inverse_is_the_identity():
+    grid = _grid()
+    lattice, field = Lattice.of(grid, CPU), _wave(grid, 4.0)
+
+    inverse = fields.inverse(field, lattice)
+
+    assert fields.compose(field, inverse, lattice).abs().max() < 1e-3
+    assert fields.compose(inverse, field, lattice).norm(dim=0).mean() < 0.02
+
+
+def test_smoothing_is_the_same_in_millimetres_along_every_axis():
+    grid = _grid((33, 65, 49), (4.0, 2.0, 8 / 3))
+    lattice = Lattice.of(grid, CPU)
+    impulse = torch.zeros(3, *grid.shape)
+    impulse[:, 16, 32, 24] = 1.0
+
+    smoothed = fields.smooth(impulse, 8.0, lattice)[0]
+
+    assert smoothed.sum() == pytest.approx(1.0, abs=1e-4)
+    x = _positions(grid) - torch.tensor([24 * 8 / 3, 64.0, 64.0]).view(3, 1, 1, 1)
+    widths = [float((smoothed * x[a] ** 2).sum()) ** 0.5 for a in range(3)]
+    assert widths == pytest.approx([8.0] * 3, rel=0.02)
+
+
+def test_smoothing_keeps_a_constant_field_up_to_the_border():
+    lattice = Lattice.of(_grid(), CPU)
+
+    smoothed = fields.smooth(torch.full((3, *lattice.shape), 2.5), 6.0, lattice)
+
+    assert torch.allclose(smoothed, torch.tensor(2.5), atol=1e-5)
+
+
+def test_smoothing_leaves_no_denormal_numbers():
+    lattice = Lattice.of(_grid(), CPU)
+    tiny = torch.full((3, *lattice.shape), 1e-39)
+
+    assert not fields.smooth(tiny, 3.0, lattice).any()
+
+
+def test_resizing_a_linear_field_changes_nothing_in_millimetres():
+    source, target = _grid((20, 20, 20), (3.0, 2.0, 4.0)), _grid((30, 27, 39), (2.0, 1.5, 2.0))
+    matrix = torch.tensor([[0.1, 0.0, 0.2], [0.0, -0.1, 0.0], [0.3, 0.0, 0.1]])
+
+    resized = fields.resize(torch.tensordot(matrix, _positions(source), dims=1), source, target)
+
+    expected = torch.tensordot(matrix, _positions(target), dims=1)
+    inside = (slice(None), slice(0, 28), slice(0, 25), slice(0, 38))
+    assert torch.allclose(resized[inside], expected[inside], atol=1e-4)
+
+
+def test_derivatives_are_per_millimetre_in_the_order_of_components():
+    grid = _grid()
+    i, j, k = _positions(grid)
+
+    gradient = fields.gradient((2 * i - 3 * j + 0.5 * k)[None], Lattice.of(grid, CPU).spacing_mm)
+
+    assert torch.allclose(gradient.mean(dim=(1, 2, 3)), torch.tensor([2.0, -3.0, 0.5]), atol=1e-4)
+
+
+def test_the_guard_unfolds_where_it_is_needed_and_leaves_the_rest_alone():
+    grid = _grid((32, 32, 32), (2.0, 2.0, 2.0))
+    lattice, field = Lattice.of(grid, CPU), _wave(_grid((32, 32, 32), (2.0, 2.0, 2.0)), 1.0)
+    folded = field.clone()
+    folded[0, 8, 8, 8] += 9.0
+    assert fields.jacobian_determinant(folded, lattice.spacing_mm).min() < 0
+
+    guarded = unfolded(folded, lattice, smallest_determinant=0.1)
+
+    assert fields.jacobian_determinant(guarded, lattice.spacing_mm).min() >= 0.1
+    assert torch.equal(guarded[:, 24:, 24:, 24:], folded[:, 24:, 24:, 24:])

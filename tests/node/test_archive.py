@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pydicom
+import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+from dicomnode.archive import Archive, Incoming
+from dicomnode.errors import LocalError
+
+EXPLICIT = str(ExplicitVRLittleEndian)
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Archive:
+    return Archive(tmp_path / "data")
+
+
+def receive(archive: Archive, content: bytes, *, uid: str = "1.2.3", transfer_syntax: str = EXPLICIT) -> Incoming:
+    incoming = archive.receive(
+        sop_class_uid=str(CTImageStorage), sop_instance_uid=uid, transfer_syntax_uid=transfer_syntax
+    )
+    incoming.write(content)
+    return incoming
+
+
+def files(archive: Archive) -> list[Path]:
+    return sorted(path for path in archive.root.rglob("*") if path.is_file())
+
+
+def data_set_of(path: Path) -> bytes:
+    """What follows the file meta information, by its group length (PS3.10 7.1)."""
+    content = path.read_bytes()
+    return content[144 + int.from_bytes(content[140:144], "little") :]
+
+
+def test_what_was_written_stands_in_the_kept_file_after_its_meta_information(archive: Archive) -> None:
+    content = os.urandom(300_000)
+
+    instance = archive.keep(receive(archive, content))
+
+    path = archive.path(instance)
+    assert files(archive) == [path]
+    assert data_set_of(path) == content
+    assert instance.sha256 == hashlib.sha256(content).hexdigest()
+    assert instance.size_bytes == path.stat().st_size
+    meta = pydicom.filereader.read_file_meta_info(path)
+    assert meta.MediaStorageSOPInstanceUID == instance.sop_instance_uid == "1.2.3"
+    assert meta.MediaStorageSOPClassUID == instance.sop_class_uid == CTImageStorage
+    assert meta.TransferSyntaxUID == instance.transfer_syntax_uid == ExplicitVRLittleEndian
+
+
+def test_keeping_equal_content_twice_is_keeping_it_once(archive: Archive) -> None:
+    first = archive.keep(receive(archive, b"same"))
+    second = archive.keep(receive(archive, b"same"))
+
+    assert first == second
+    assert files(archive) == [archive.path(first)]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"content": b"two"},
+        {"uid": "1.2.4"},
+        {"transfer_syntax": str(ImplicitVRLittleEndian)},
+    ],
+)
+def test_other_content_uid_or_transfer_syntax_never_replaces_a_kept_file(
+    archive: Archive, other: dict[str, object]
+) -> None:
+    first = archive.keep(receive(archive, b"one"))
+    second = archive.keep(receive(archive, **({"content": b"one"} | other)))  # type: ignore[arg-type]
+
+    assert len({first.path, second.path}) == 2
+    assert data_set_of(archive.path(first)) == b"one"
+
+
+def test_a_uid_that_looks_like_a_path_does_not_become_one(archive: Archive) -> None:
+    instance = archive.keep(receive(archive, b"x", uid="../../../etc/passwd"))
+
+    assert archive.path(instance).is_relative_to(archive.root / "instances")
+    assert "passwd" not in instance.path
+    assert ".." not in instance.path
+
+
+def test_what_is_discarded_leaves_nothing_behind(archive: Archive) -> None:
+    incoming = receive(archive, b"half")
+
+    incoming.discard()
+    incoming.discard()
+
+    assert files(archive) == []
+
+
+def test_discarding_after_keeping_keeps_the_file(archive: Archive) -> None:
+    incoming = receive(archive, b"whole")
+    instance = archive.keep(incoming)
+
+    incoming.discard()
+
+    assert archive.path(instance).exists()
+
+
+def test_removing_takes_the_file_away_and_may_be_repeated(archive: Archive) -> None:
+    instance = archive.keep(receive(archive, b"unwanted"))
+
+    archive.remove(instance)
+    archive.remove(instance)
+
+    assert files(archive) == []
+
+
+def test_a_sweep_removes_what_a_killed_process_left_and_nothing_that_is_being_written(archive: Archive) -> None:
+    program = """
+import os, signal, sys
+from pathlib import Path
+from dicomnode.archive import Archive
+incoming = Archive(Path(sys.argv[1])).receive(sop_class_uid="1", sop_instance_uid="2", transfer_syntax_uid="3")
+incoming.write(b"never finished")
+incoming.flush()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", program, archive.root], check=False)
+    alive = receive(archive, b"still coming")
+    assert len(files(archive)) == 2
+
+    removed = archive.sweep()
+
+    assert removed == 1
+    instance = archive.keep(alive)
+    assert data_set_of(archive.path(instance)) == b"still coming"
+    assert archive.sweep() == 0
+
+
+def test_a_dataset_made_here_is_read_back_equal(archive: Archive) -> None:
+    dataset = made_here()
+
+    instance = archive.keep_dataset(dataset)
+
+    read = pydicom.dcmread(archive.path(instance))
+    assert read == dataset
+    assert read.file_meta.TransferSyntaxUID == ExplicitVRLittleEndian
+    assert instance.sop_instance_uid == dataset.SOPInstanceUID
+    assert archive.keep_dataset(dataset) == instance
+
+
+@pytest.mark.skipif(shutil.which("dcmdump") is None, reason="DCMTK is not installed")
+def test_dcmtk_reads_the_meta_information_without_complaint(archive: Archive) -> None:
+    instance = archive.keep_dataset(made_here())
+
+    dumped = subprocess.run(["dcmdump", "+Ep", archive.path(instance)], check=True, capture_output=True, text=True)
+
+    assert "(0002,0000) UL" in dumped.stdout
+    assert "DICOMNODE_0.1" in dumped.stdout
+    assert "Phantom^One" in dumped.stdout
+    assert dumped.stderr == ""
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_the_file_is_synced_before_the_rename_and_the_folder_after_it(tmp_path: Path) -> None:
+    program = """
+import sys
+from pathlib import Path
+from dicomnode.archive import Archive
+archive = Archive(Path(sys.argv[1]))
+incoming = archive.receive(sop_class_uid="1", sop_instance_uid="2", transfer_syntax_uid="3")
+incoming.write(b"content")
+archive.keep(incoming)
+"""
+    trace = tmp_path / "trace"
+    traced = subprocess.run(
+        [
+            "strace",
+            "-f",
+            "-y",
+            "-o",
+            trace,
+            "-e",
+            "trace=write,fsync,rename",
+            sys.executable,
+            "-c",
+            program,
+            tmp_path / "data",
+        ],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    if traced.returncode != 0 and "ptrace" in traced.stderr:
+        pytest.skip("this machine does not allow tracing")
+    assert traced.returncode == 0, traced.stderr
+
+    calls = [line.split(maxsplit=1)[1] for line in trace.read_text().splitlines() if str(tmp_path) in line]
+    of_the_instance = calls[next(i for i, call in enumerate(calls) if ".part" in call) :]
+    assert [call.split("(")[0] for call in of_the_instance] == ["write", "fsync", "rename", "fsync"]
+    assert ".part" in of_the_instance[1]
+    assert "/instances/" in of_the_instance[3]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is not there")
+def test_a_full_disk_is_a_local_error_and_nothing_is_kept(archive: Archive) -> None:
+    incoming = receive(archive, b"x")
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, incoming._file.fileno())  # from here on every write to the file answers ENOSPC
+    os.close(full)
+
+    with pytest.raises(LocalError, match="No space left"):
+        archive.keep(incoming)
+
+    assert files(archive) == []
+
+
+def test_a_folder_that_is_gone_is_a_local_error(archive: Archive) -> None:
+    incoming = receive(archive, b"x")
+    shutil.rmtree(archive.root / "instances")
+
+    with pytest.raises(LocalError, match=r"archive: .*No such file"):
+        archive.keep(incoming)
+
+    assert files(archive) == []
+
+
+def test_a_root_that_cannot_be_made_is_a_local_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(LocalError, match="archive: "):
+        Archive(tmp_path / "file" / "data")
+
+
+def made_here() -> Dataset:
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.SOPClassUID = CTImageStorage
+    dataset.SOPInstanceUID = "2.25.1234"
+    dataset.PatientName = "Phantom^One"
+    dataset.BitsAllocated = 16
+    dataset.PixelRepresentation = 1
+    dataset.PixelData = bytes(range(256)) * 8
+    item = Dataset()
+    item.ReferencedSOPInstanceUID = "2.25.99"
+    dataset.SourceImageSequence = [item]
+    return dataset
