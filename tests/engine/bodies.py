@@ -27,7 +27,7 @@ def rotation(axis: tuple[float, float, float], degrees: float) -> np.ndarray:
 
 
 def intensity(points: np.ndarray) -> np.ndarray:
-    """A body at rest, 0…1 at world points (..., 3): an egg with unequal organs, no symmetry."""
+    """A body at rest, 0…1 at world points (..., 3): an egg with unequal organs, grain of about 13 mm inside."""
     value = 0.45 * _egg(points, (0, 0, 0), (46, 36, 50))
     for center, radii, contrast in (
         ((16, -4, 10), (18, 14, 15), 0.3),
@@ -38,7 +38,9 @@ def intensity(points: np.ndarray) -> np.ndarray:
         ((-2, 20, 0), (6, 6, 30), 0.35),
     ):
         value = value + contrast * _egg(points, center, radii)
-    return value
+    x, y, z = np.moveaxis(points, -1, 0)
+    grain = np.sin(x / 4.1 + y / 9) * np.sin(y / 3.7 - z / 11) * np.sin(z / 4.3 + x / 13)
+    return value * (1 + 0.25 * grain)
 
 
 def volume(on: Grid, *, through: Map = lambda x: x, contrast: Map = lambda v: v, noise=0.01, seed=0) -> Volume:

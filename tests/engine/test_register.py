@@ -180,7 +180,7 @@ def test_a_mask_on_another_grid_or_with_nothing_in_it_is_refused():
     elsewhere = Volume(np.ones(good.grid.shape), bodies.grid(center=(5, 0, 0)))
     empty = Volume(np.zeros(good.grid.shape), good.grid)
 
-    with pytest.raises(InvalidVolumeError, match="Fixed mask.*expected the image's grid"):
+    with pytest.raises(InvalidVolumeError, match=r"Fixed mask: .* expected the image's grid"):
         register(good, good, preset=SMALL, fixed_mask=elsewhere)
     with pytest.raises(InvalidVolumeError, match="Moving mask: got no voxel above 0"):
         register(good, good, preset=SMALL, moving_mask=empty)

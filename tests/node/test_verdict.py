@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 import pytest
+import SimpleITK
 from hand_made import make_registration, make_report, rotation
 
 from dicomnode.model import Verdict
@@ -84,16 +85,28 @@ def test_a_mirroring_map_folds_everywhere(axis: int) -> None:
     assert folding_fraction(field_of(GRID.points_mm(index) @ mirror.T), GRID) == 1
 
 
-def test_the_share_counts_the_cells_that_fold() -> None:
+def test_the_share_counts_the_nodes_that_fold() -> None:
     vectors = np.zeros((*GRID.shape, 3))
-    vectors[:, :, 10, 0] = 2.1  # mm along x where voxels are 2 mm apart: the column overtakes its neighbour
+    vectors[:, :, 10, 0] = 4.1  # mm along x where nodes are 2 mm apart: beyond it, space runs backwards
 
-    assert folding_fraction(field_of(vectors), GRID) == pytest.approx(1 / 19)
+    assert folding_fraction(field_of(vectors), GRID) == pytest.approx(1 / 20)
+
+
+def test_the_share_is_what_simpleitk_counts() -> None:
+    vectors = np.random.default_rng(0).normal(0, 2, (*GRID.shape, 3))
+    image = SimpleITK.GetImageFromArray(vectors, isVector=True)
+    image.SetSpacing([2.0, 3.0, 4.0])
+
+    determinant = SimpleITK.GetArrayFromImage(SimpleITK.DisplacementFieldJacobianDeterminant(image))
+
+    inner = np.s_[1:-1, 1:-1, 1:-1]
+    fixed = Grid((10, 14, 18), GRID.affine @ np.array([[1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 1, 1], [0, 0, 0, 1.0]]))
+    assert 0.01 < (determinant[inner] <= 0).mean() == pytest.approx(folding_fraction(field_of(vectors), fixed))
 
 
 def test_folding_outside_the_fixed_volume_does_not_count() -> None:
     vectors = np.zeros((*GRID.shape, 3))
-    vectors[:, :, 18, 0] = 3
+    vectors[:, :, 18, 0] = 5
     fixed = Grid((12, 16, 10), GRID.affine)
 
     assert folding_fraction(field_of(vectors), fixed) == 0
