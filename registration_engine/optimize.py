@@ -56,8 +56,11 @@ def refine(
     levels = [
         (n, finest * 2.0**up) for up, n in zip(range(len(preset.iterations))[::-1], preset.iterations, strict=True)
     ]
-    effort = [iterations / spacing**3 for iterations, spacing in levels]
     displacement, grid = _searched(body, moving, moving_from_fixed, preset)
+    if displacement.any():
+        # Coarser levels would smooth away what the search has found.
+        levels = [level for level in levels if level[1] < preset.search_mm] or levels[-1:]
+    effort = [iterations / spacing**3 for iterations, spacing in levels]
     for number, (iterations, spacing) in enumerate(levels):
         level = Level.of(body.reduced(spacing), moving.reduced(spacing), moving_from_fixed)
         displacement = fields.resize(displacement, grid, level.fixed.grid)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from pynetdicom.sop_class import CTImageStorage, Verification  # type: ignore[at
 START_TIMEOUT_S = 60.0
 DELIVERED_TIMEOUT_S = 1800.0
 STOP_TIMEOUT_S = 60.0
+GIVEN_UP_TIMEOUT_S = 10.0  # the node lets a registration in hand finish; nobody waits for it any more
 POLL_S = 4.0  # asking costs about a second of the processor that the registration wants
 
 RULES = """\
@@ -58,7 +60,7 @@ class StandInPacs:
         ae.add_supported_context(Verification)
         folder.mkdir(parents=True, exist_ok=True)
         server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, self._keep)])
-        assert server is not None
+        assert server is not None  # with block=False it never is
         self._server = server
         self.port: int = server.server_address[1]
 
@@ -89,7 +91,11 @@ class RunningNode:
         (folder / "rules.yaml").write_text(RULES)
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(  # noqa: S603 -- our own command
-                self._command("serve"), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                self._command("serve"),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that it can be killed with its worker where it does not stop by itself
             )
 
     def wait_until_it_answers(self) -> None:
@@ -158,9 +164,9 @@ class RunningNode:
         if self._process.poll() is None:
             self._process.terminate()
             try:
-                self._process.wait(STOP_TIMEOUT_S)
+                self._process.wait(GIVEN_UP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
-                self._process.kill()  # its worker stops when its standard input closes
+                os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
         if kind is not None:
             lines = self._log.read_text(errors="replace").splitlines()[-30:]

@@ -52,14 +52,16 @@ def sample_grid(
     """Sample the total map on an axis-aligned LPS grid around the fixed volume.
 
     The grid covers the fixed voxels' corners and one cell more. Beyond the fixed voxel centers the linear part goes on
-    exactly and the displacement as its nearest neighbour. The spacing is halved until the largest error is within
-    `tolerance_mm`; no grid takes more than `largest_bytes`, so the error of the result may be larger: judge it.
+    exactly and the displacement as its nearest neighbour. The spacing is halved, down to the voxels' own, until the
+    largest error is within `tolerance_mm`; no grid takes more than `largest_bytes`, so the error of the result may be
+    larger: judge it.
     """
     while _bytes(_grid_around(registration.grid, spacing_mm)) > largest_bytes:
         spacing_mm *= 2
     while True:
         grid = _grid_around(registration.grid, spacing_mm)
-        finest = _bytes(_grid_around(registration.grid, spacing_mm / 2)) > largest_bytes
+        finer = _grid_around(registration.grid, spacing_mm / 2)
+        is_finest = finer.shape == grid.shape or _bytes(finer) > largest_bytes
         if registration.displacement is None:
             return SampledField(_total(registration, None, grid), 0.0, tolerance_mm)
         displacement = np.empty((*grid.shape, 3), dtype=np.float32)
@@ -68,7 +70,7 @@ def sample_grid(
         largest = 0.0
         for error in _errors(registration, DisplacementField(displacement, grid)):
             largest = max(largest, error)
-            if error > tolerance_mm and not finest:
+            if error > tolerance_mm and not is_finest:
                 break
         else:
             return SampledField(_total(registration, displacement, grid), largest, tolerance_mm)
@@ -127,15 +129,32 @@ def _grid_item(field: DisplacementField) -> Dataset:
 
 
 def _grid_around(fixed: Grid, spacing_mm: float) -> Grid:
-    """Ascending k; the origin in whole thousandths of a millimetre, so that Decimal String holds it exactly."""
+    """Axis-aligned grid of about this spacing over the fixed voxels' corners and one cell more, ascending k.
+
+    Where the fixed axes are LPS axes themselves, nodes stand on voxel planes, at whole multiples of the voxel spacing:
+    an axis sampled at the voxels' own spacing loses nothing. Else the grid is isotropic.
+    """
     corners = fixed.points_mm(np.array(list(product((0.0, 1.0), repeat=3))) * fixed.shape - 0.5)
     low, high = corners.min(axis=0), corners.max(axis=0)
-    origin = np.floor((low - spacing_mm) * 1000) / 1000
-    x, y, z = np.ceil((high - origin) / spacing_mm).astype(int) + 2
+    spacing = np.full(3, spacing_mm)
+    origin = low - spacing
+    if _is_along_lps(fixed):
+        voxel = np.abs(fixed.affine[:3, :3]).max(axis=1)
+        spacing = voxel * np.maximum(np.rint(spacing_mm / voxel), 1)
+        origin = low + voxel / 2 - spacing * (np.ceil(voxel / 2 / spacing) + 1)
+    origin = np.array([float(str(decimal(value))) for value in origin])  # as Decimal String will hold it
+    x, y, z = np.ceil((high - origin) / spacing - 1e-6).astype(int) + 2
     affine = np.eye(4)
-    affine[:3, :3] = np.diag([spacing_mm] * 3)[:, ::-1]
+    affine[:3, :3] = np.diag(spacing)[:, ::-1]
     affine[:3, 3] = origin
     return Grid((int(z), int(y), int(x)), affine)
+
+
+def _is_along_lps(grid: Grid) -> bool:
+    """Whether leaning away from the LPS axes moves no voxel by more than a hundredth of a millimetre."""
+    axes = np.abs(grid.affine[:3, :3])
+    leaning = np.where(axes == axes.max(axis=0), 0, axes) @ grid.shape
+    return bool(leaning.max() < 0.01)
 
 
 def _bytes(grid: Grid) -> int:

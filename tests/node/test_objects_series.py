@@ -14,7 +14,6 @@ from dicomnode import volumes
 from dicomnode.objects import SampledField, sample_grid
 from registration_engine import Registration
 
-
 SMALL = (6, 16, 20)
 
 
