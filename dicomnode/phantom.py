@@ -25,8 +25,9 @@ Shape = tuple[int, int, int]
 
 FIELD_OF_VIEW_MM = (288.0, 358.4, 358.4)
 """Along (z, y, x); the voxel size is this over the shape."""
-SIGMA_HU = 10.0
-EXCURSION_MM = 20.0
+SIGMA_HU = 8.0
+EXCURSION_MM = 16.0
+FADE_MM = 65.0
 """Largest movement of the diaphragm, head to foot."""
 BORDERS = {"liver": 110, "spleen": 40, "kidney": 40, "stomach": 30, "heart": 30, "pancreas": 15, "gallbladder": 15,
            "large vessels": 30}  # fmt: skip
@@ -161,10 +162,10 @@ def _displacement(x: Array, y: Array, z: Array) -> tuple[Array, Array, Array]:
     """Components (x, y, z) of x_moving - x_fixed: breathing in pushes the organs to the feet and the belly forward.
 
     Nothing moves at the wall of the chest and at the spine; in place of a true sliding there the motion fades over
-    some 45 mm.
+    some 65 mm.
     """
     height = np.exp(-(((z - 75) / (95 + 5 * np.sign(75 - z))) ** 2))
-    from_wall = _smooth_step(-anatomy.cavity(x, y, z) / 45)
+    from_wall = _smooth_step(-anatomy.cavity(x, y, z) / FADE_MM)
     from_spine = _smooth_step((np.hypot(x / 48, (y - 68) / 42) - 0.6) / 0.9)
     free = height * from_wall * from_spine
     belly = np.exp(-(((z + 60) / 90) ** 2)) * _smooth_step((50 - y) / 150)

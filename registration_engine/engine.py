@@ -120,7 +120,14 @@ def _register(
     field: Tensor | None = None
     if preset.iterations:
         with _timed("field", seconds, progress):
-            small, grid = optimize.refine(fixed, moving, linear, preset, lambda part: progress("field", part))
+            small, grid = optimize.refine(
+                fixed,
+                moving,
+                linear,
+                preset,
+                judge=lambda part, its_grid: judge.similarity(linear, fields.resize(part, its_grid, fixed.grid)),
+                progress=lambda part: progress("field", part),
+            )
             field = fields.resize(small, grid, fixed.grid)
             refined = judge.similarity(linear, field)
             if refined > after:

@@ -11,6 +11,7 @@ Jena et al., FireANTs: Adaptive Riemannian optimization for multi-scale diffeomo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -20,7 +21,7 @@ from registration_engine import field as fields
 from registration_engine.level import Level
 from registration_engine.losses import local_correlation, mutual_information
 from registration_engine.prepare import Prepared
-from registration_engine.presets import Preset
+from registration_engine.presets import SUPPLE, Manner, Preset
 from registration_engine.search import search
 from registration_engine.spaces import Lattice, Matrix
 from registration_engine.volume import Grid
@@ -28,6 +29,7 @@ from registration_engine.volume import Grid
 _BETA_FORCE, _BETA_SQUARE = 0.9, 0.99
 _DAMPING = 3.0  # Adam's floor as a multiple of the RMS: flat background must not move as hard as an edge
 _LONGEST_STEP = 0.5  # voxels of the level
+_LAST_PACE = 0.02
 _PLATEAU_STEPS, _PLATEAU_GAIN = 10, 1e-4
 _GUARD_EVERY, _GUARD_TRIES = 10, 40
 _MARGIN_MM = 10.0
@@ -38,12 +40,14 @@ def refine(
     moving: Prepared,
     moving_from_fixed: Matrix,
     preset: Preset,
+    judge: Callable[[Tensor, Grid], float],
     progress: Callable[[float], None],
 ) -> tuple[Tensor, Grid]:
     """Find the displacement that makes the moving image like the fixed one.
 
     The moving image is sampled at moving_from_fixed @ (x + displacement(x)). `progress` is called with the share
-    done, 0…1; an exception it raises ends the optimisation.
+    done, 0…1; an exception it raises ends the optimisation. `judge` scores a displacement, larger = better; it chooses
+    between the preset's manners.
 
     Returns
     -------
@@ -59,35 +63,66 @@ def refine(
     displacement, grid = _searched(body, moving, moving_from_fixed, preset)
     if displacement.any():
         # Coarser levels would smooth away what the search has found.
-        levels = [level for level in levels if level[1] < preset.search_mm] or levels[-1:]
+        levels = [level for level in levels if level[1] < preset.search_mm / 2] or levels[-1:]
+    best, best_score = (displacement, grid), judge(displacement, grid)
+    for number, manner in enumerate(preset.manners):
+        share = 1 / len(preset.manners)
+
+        def part_done(part: float, before: float = number * share, share: float = share) -> None:
+            progress(before + share * part)
+
+        candidate = _through_levels(
+            displacement, grid, body, moving, moving_from_fixed, levels, preset, manner, part_done
+        )
+        score = judge(*candidate)
+        if score > best_score:
+            best, best_score = candidate, score
+    return best
+
+
+def _through_levels(
+    displacement: Tensor,
+    grid: Grid,
+    body: Prepared,
+    moving: Prepared,
+    moving_from_fixed: Matrix,
+    levels: list[tuple[int, float]],
+    preset: Preset,
+    manner: Manner,
+    progress: Callable[[float], None],
+) -> tuple[Tensor, Grid]:
+    """The displacement refined level by level, each (iterations, voxel side in mm), and the grid of the last."""
     effort = [iterations / spacing**3 for iterations, spacing in levels]
     for number, (iterations, spacing) in enumerate(levels):
         level = Level.of(body.reduced(spacing), moving.reduced(spacing), moving_from_fixed)
         displacement = fields.resize(displacement, grid, level.fixed.grid)
         grid = level.fixed.grid
         done, share = sum(effort[:number]) / sum(effort), effort[number] / sum(effort)
-        for part, refined in _refined(level, displacement, preset, iterations, spacing):
+        for part, refined in _refined(level, displacement, preset, manner, iterations, spacing):
             progress(done + share * part)
             displacement = refined
     return displacement, grid
 
 
 def _searched(body: Prepared, moving: Prepared, moving_from_fixed: Matrix, preset: Preset) -> tuple[Tensor, Grid]:
-    """The start of the coarsest level: the discrete search's displacement where that is better than none."""
-    spacing = max(preset.search_mm, float(body.grid.spacing_mm.min()))
-    level = Level.of(body.reduced(spacing), moving.reduced(spacing), moving_from_fixed)
-    none = torch.zeros_like(level.lattice.identity)
-    found = search(level, spacing_mm=spacing)
-    found = unfolded(found, level.lattice, smallest_determinant=preset.smallest_determinant)
-    better = _force(level, found, preset)[0] > _force(level, none, preset)[0]
-    return (found if better else none), level.fixed.grid
+    """The start of the field: a wide search, then a narrow one around it; each only where it raises the similarity."""
+    displacement, grid = torch.zeros(3, *body.image.shape[1:], device=body.image.device), body.grid
+    for part, steps, pooled, window in ((1.0, 4, 1, 3), (0.5, 3, 2, 5)):
+        spacing = max(part * preset.search_mm, float(body.grid.spacing_mm.min()))
+        level = Level.of(body.reduced(spacing), moving.reduced(spacing), moving_from_fixed)
+        before = fields.resize(displacement, grid, level.fixed.grid)
+        found = search(level, before, step_mm=spacing, steps=steps, pooled=pooled, window=window)
+        found = unfolded(found, level.lattice, smallest_determinant=preset.smallest_determinant)
+        better = _force(level, found, preset, SUPPLE)[0] > _force(level, before, preset, SUPPLE)[0]
+        displacement, grid = (found if better else before), level.fixed.grid
+    return displacement, grid
 
 
 def unfolded(displacement: Tensor, lattice: Lattice, *, smallest_determinant: float) -> Tensor:
     """The displacement, smoothed just where the local volume change falls below the floor, and a little around."""
     spacing = max(lattice.spacing_mm)
     for _ in range(_GUARD_TRIES):
-        low = fields.jacobian_determinant(displacement, lattice.spacing_mm) < smallest_determinant
+        low = fields.smallest_determinant(displacement, lattice.spacing_mm) < smallest_determinant
         if not low.any():
             break
         near = fields.smooth(low.float()[None], spacing, lattice)
@@ -98,7 +133,7 @@ def unfolded(displacement: Tensor, lattice: Lattice, *, smallest_determinant: fl
 
 
 def _refined(
-    level: Level, displacement: Tensor, preset: Preset, iterations: int, spacing_mm: float
+    level: Level, displacement: Tensor, preset: Preset, manner: Manner, iterations: int, spacing_mm: float
 ) -> Iterator[tuple[float, Tensor]]:
     """Yield the share of the steps done and the displacement after each, the last one free of folds."""
     lattice = level.lattice
@@ -106,7 +141,9 @@ def _refined(
     square = torch.zeros_like(displacement)
     values: list[float] = []
     for step in range(1, iterations + 1):
-        value, force = _force(level, displacement, preset)
+        # The steps shrink, and with them the smoothing that holds them: what is left is not noise kept in motion.
+        pace = _LAST_PACE + (1 - _LAST_PACE) * (1 + math.cos(math.pi * (step - 1) / iterations)) / 2
+        value, force = _force(level, displacement, preset, manner)
         values.append(value)
         if _is_flat(values):
             break
@@ -115,26 +152,26 @@ def _refined(
         root = (square / (1 - _BETA_SQUARE**step)).sqrt_()
         floor = _DAMPING * root.square().mean().sqrt() + 1e-20
         update = fields.smooth(
-            mean / (1 - _BETA_FORCE**step) / (root + floor), preset.step_smoothing * spacing_mm, lattice
+            mean / (1 - _BETA_FORCE**step) / (root + floor), manner.step_smoothing * spacing_mm, lattice
         )
         longest = update.square().sum(0).max().sqrt()
-        update *= _LONGEST_STEP * spacing_mm / longest.clamp(min=1e-20)
+        update *= pace * _LONGEST_STEP * spacing_mm / longest.clamp(min=1e-20)
         displacement = fields.compose(displacement, update, lattice)
-        displacement = fields.smooth(displacement, preset.field_smoothing * spacing_mm, lattice)
+        displacement = fields.smooth(displacement, math.sqrt(pace) * manner.field_smoothing * spacing_mm, lattice)
         if step % _GUARD_EVERY == 0:
             displacement = unfolded(displacement, lattice, smallest_determinant=preset.smallest_determinant)
         yield step / iterations, displacement
     yield 1.0, unfolded(displacement, lattice, smallest_determinant=preset.smallest_determinant)
 
 
-def _force(level: Level, displacement: Tensor, preset: Preset) -> tuple[float, Tensor]:
+def _force(level: Level, displacement: Tensor, preset: Preset, manner: Manner) -> tuple[float, Tensor]:
     """Similarity now, and its ascent direction (3, Z, Y, X) by the displacement of each voxel."""
     warped, weight = level.warped(displacement)
     fixed = level.fixed.image[0]
     value, slope = 0.0, torch.zeros_like(warped)
     for share, (term, gradient) in (
-        (1 - preset.local_share, mutual_information(fixed, warped, weight, bins=preset.bins)),
-        (preset.local_share, local_correlation(fixed, warped, weight, width=preset.window)),
+        (1 - manner.local_share, mutual_information(fixed, warped, weight, bins=preset.bins)),
+        (manner.local_share, local_correlation(fixed, warped, weight, width=preset.window)),
     ):
         value += share * term
         slope += share * gradient / gradient.square().mean().sqrt().clamp(min=1e-20)

@@ -10,6 +10,29 @@ from registration_engine.errors import InvalidRequestError
 
 
 @dataclass(frozen=True)
+class Manner:
+    """How stiff the field is, and what drives it.
+
+    Attributes
+    ----------
+    local_share
+        Weight of local correlation beside mutual information, 0…1, each force divided by its RMS first.
+    step_smoothing, field_smoothing
+        Gaussians on each step and on the whole field, in finest voxel sides of the level.
+    """
+
+    local_share: float
+    step_smoothing: float
+    field_smoothing: float
+
+
+SUPPLE = Manner(local_share=0.5, step_smoothing=1.0, field_smoothing=0.6)
+"""For fine folds and changed contrast, such as brains."""
+STIFF = Manner(local_share=1.0, step_smoothing=2.0, field_smoothing=1.3)
+"""For wide smooth motion under noise, such as breathing."""
+
+
+@dataclass(frozen=True)
 class Preset:
     """How one registration is done and what it may not do.
 
@@ -20,12 +43,10 @@ class Preset:
     iterations
         Steps of the field per level, coarse to fine, each level half the voxel size of the one before; empty for a
         linear registration.
-    local_share
-        Weight of local correlation beside mutual information, 0…1, each force divided by its RMS first.
+    manners
+        Each is tried from the same start; the result with the highest normalized mutual information is kept.
     search_mm
         Step of the discrete search that finds large motion before the field is optimised.
-    step_smoothing, field_smoothing
-        Gaussians on each step and on the whole field, in finest voxel sides of the level.
     bins, window
         Joint histogram size; side of the correlation window in voxels.
     smallest_determinant
@@ -37,10 +58,8 @@ class Preset:
     name: str
     voxels: int
     iterations: tuple[int, ...]
-    local_share: float = 0.5
+    manners: tuple[Manner, ...] = (SUPPLE, STIFF)
     search_mm: float = 7.0
-    step_smoothing: float = 1.0
-    field_smoothing: float = 0.6
     bins: int = 32
     window: int = 5
     smallest_determinant: float = 0.1

@@ -11,47 +11,57 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool3d, pad
+from torch.nn.functional import avg_pool3d, interpolate, pad
 
 from registration_engine.level import Level
 from registration_engine.losses import local_correlation_map
 
-_REACH_MM = 30.0
-_WINDOW = 5
 _AGREEMENT = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # weight of a step's squared distance to the neighbours' mean
 
 
-def search(level: Level, *, spacing_mm: float) -> Tensor:
-    """Find a rough displacement (3, Z, Y, X), lattice mm, within 30 mm.
+def search(level: Level, around: Tensor, *, step_mm: float, steps: int, pooled: int, window: int) -> Tensor:
+    """Find a rough displacement (3, Z, Y, X), lattice mm, in the neighbourhood of `around`.
 
     Parameters
     ----------
-    spacing_mm
-        Step of the shifts along every axis; an axis with larger voxels is searched by whole voxels.
+    around
+        (3, Z, Y, X), lattice mm: every shift is added to it.
+    step_mm, steps
+        Step of the shifts along every axis, and how many of them in each direction; an axis with larger voxels is
+        searched by whole voxels.
+    pooled
+        Voxels along each side of the blocks that move together.
+    window
+        Of the local correlation, voxels.
     """
-    steps = [max(s, spacing_mm) for s in level.lattice.spacing_mm]
-    counts = [int(_REACH_MM // s) for s in steps]
-    axes = [torch.arange(-n, n + 1) * s for n, s in zip(counts, steps, strict=True)]
+    sides = [max(s, step_mm) for s in level.lattice.spacing_mm]
+    reach_mm = step_mm * steps
+    axes = [torch.arange(-int(reach_mm // s), int(reach_mm // s) + 1) * s for s in sides]
     shifts = torch.cartesian_prod(*axes)
-    shifts = shifts[shifts.square().sum(1) <= _REACH_MM**2].to(level.base.device)
+    shifts = shifts[shifts.square().sum(1) <= reach_mm**2 * 1.001].to(around.device)
 
-    dissimilarity = torch.stack([_dissimilarity(level, shift) for shift in shifts])
-    found = torch.zeros_like(level.base)
-    unit = max(steps)
+    dissimilarity = torch.stack([_dissimilarity(level, around + s.view(3, 1, 1, 1), pooled, window) for s in shifts])
+    found = torch.zeros((3, *dissimilarity.shape[1:]), device=around.device)
     for weight in _AGREEMENT:
-        distance = sum(((found[c] - shifts[:, c].view(-1, 1, 1, 1)) / unit).square() for c in range(3))
+        distance = sum(((found[c] - shifts[:, c].view(-1, 1, 1, 1)) / max(sides)).square() for c in range(3))
         chosen = (dissimilarity + weight * distance).argmin(0)
         found = _averaged(shifts[chosen].movedim(-1, 0))
-    return found
+    smooth = interpolate(found[None], scale_factor=pooled, mode="trilinear", align_corners=False)[0]
+    z, y, x = level.lattice.shape
+    return around + smooth[:, :z, :y, :x]
 
 
-def _dissimilarity(level: Level, shift: Tensor) -> Tensor:
-    warped, weight = level.warped(shift.view(3, 1, 1, 1).expand_as(level.base))
-    return 1 - local_correlation_map(level.fixed.image[0], warped, weight, width=_WINDOW)
+def _dissimilarity(level: Level, displacement: Tensor, pooled: int, window: int) -> Tensor:
+    """1 - squared local correlation, averaged over blocks; the last block of an axis repeats its last voxels."""
+    warped, weight = level.warped(displacement)
+    values = 1 - local_correlation_map(level.fixed.image[0], warped, weight, width=window)
+    lack_z, lack_y, lack_x = (-n % pooled for n in values.shape)
+    values = pad(values[None, None], (0, lack_x, 0, lack_y, 0, lack_z), mode="replicate")
+    return avg_pool3d(values, pooled)[0, 0]
 
 
 def _averaged(steps: Tensor) -> Tensor:
-    """Mean over 3×3×3 voxels, twice."""
+    """Mean over 3×3×3 blocks, twice."""
     for _ in range(2):
         steps = avg_pool3d(pad(steps[None], (1,) * 6, mode="replicate"), 3, stride=1)[0]
     return steps
