@@ -119,16 +119,23 @@ def _register(
 
     field: Tensor | None = None
     if preset.iterations:
+        lattice = Lattice.of(fixed.grid, device)
+
+        def on_fixed(part: Tensor, grid: Grid) -> Tensor:
+            # Without the kinks of linear interpolation: whoever samples the field coarsely meets a smooth one.
+            whole = fields.resize(part, grid, fixed.grid)
+            return fields.smooth(whole, 0.5 * float(grid.spacing_mm.min()), lattice)
+
         with _timed("field", seconds, progress):
             small, grid = optimize.refine(
                 fixed,
                 moving,
                 linear,
                 preset,
-                judge=lambda part, its_grid: judge.similarity(linear, fields.resize(part, its_grid, fixed.grid)),
+                judge=lambda part, grid: judge.similarity(linear, on_fixed(part, grid)),
                 progress=lambda part: progress("field", part),
             )
-            field = fields.resize(small, grid, fixed.grid)
+            field = on_fixed(small, grid)
             refined = judge.similarity(linear, field)
             if refined > after:
                 after = refined

@@ -30,6 +30,7 @@ SPACING_MM = 4.0
 TOLERANCE_MM = 0.2
 LARGEST_BYTES = 64_000_000
 
+_FINER, _FINEST_MM = 0.75, 0.1
 _SLAB = 16
 
 
@@ -52,7 +53,7 @@ def sample_grid(
     """Sample the total map on an axis-aligned LPS grid around the fixed volume.
 
     The grid covers the fixed voxels' corners and one cell more. Beyond the fixed voxel centers the linear part goes on
-    exactly and the displacement as its nearest neighbour. The spacing is halved, down to the voxels' own, until the
+    exactly and the displacement as its nearest neighbour. The spacing shrinks, down to the voxels' own, until the
     largest error is within `tolerance_mm`; no grid takes more than `largest_bytes`, so the error of the result may be
     larger: judge it.
     """
@@ -60,8 +61,10 @@ def sample_grid(
         spacing_mm *= 2
     while True:
         grid = _grid_around(registration.grid, spacing_mm)
-        finer = _grid_around(registration.grid, spacing_mm / 2)
-        is_finest = finer.shape == grid.shape or _bytes(finer) > largest_bytes
+        finer_mm = _FINER * spacing_mm
+        while (finer := _grid_around(registration.grid, finer_mm)).shape == grid.shape and finer_mm > _FINEST_MM:
+            finer_mm *= _FINER
+        is_finest = finer_mm <= _FINEST_MM or _bytes(finer) > largest_bytes
         if registration.displacement is None:
             return SampledField(_total(registration, None, grid), 0.0, tolerance_mm)
         displacement = np.empty((*grid.shape, 3), dtype=np.float32)
@@ -74,7 +77,7 @@ def sample_grid(
                 break
         else:
             return SampledField(_total(registration, displacement, grid), largest, tolerance_mm)
-        spacing_mm /= 2
+        spacing_mm = finer_mm
 
 
 def interpolate(values: npt.NDArray[Any], index: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
