@@ -13,7 +13,8 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -108,6 +109,7 @@ class Worker:
         self._executor_id = executor_id
         self._lock_path = lock_folder / f"{executor_id}.lock"
         self._between_steps = threading.Lock()
+        self._stopping = threading.Event()
         self._in_hand: str | None = None
 
     def start(self) -> None:
@@ -150,6 +152,7 @@ class Worker:
 
     def stop(self) -> None:
         """Wait for the step in hand and its checkpoint, lay the job down, and let no further step begin."""
+        self._stopping.set()
         self._between_steps.acquire()
         if self._in_hand is not None:
             job_id = self._in_hand
@@ -157,17 +160,25 @@ class Worker:
 
     def _register_pair(self, job_id: str) -> None:
         """The straight line of one job."""
-        with self._between_steps:
+        with self._step():
             if not self._take_up(job_id):
                 return
         for name, step in self._durable.items():
-            with self._between_steps:
+            with self._step():
                 outcome = self._run(name, step, job_id)
                 if outcome:
                     self._close(job_id, JobState(outcome["state"]), outcome["reason"])
                     return
-        with self._between_steps:
+        with self._step():
             self._in_hand = None
+
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        """One step and its checkpoint; none begins once the worker stops: its thread waits until the process ends."""
+        if self._stopping.is_set():
+            threading.Event().wait()
+        with self._between_steps:
+            yield
 
     def _close(self, job_id: str, state: JobState, reason: str) -> None:
         log.info("job %s %s: %s", job_id, state, reason)

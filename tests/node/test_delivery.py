@@ -35,8 +35,6 @@ from dicomnode.errors import LocalError, RefusedError
 from dicomnode.index import Index
 from dicomnode.model import DeliveryState, Destination, Instance, InstanceHeader, Pair, Product, SeriesState, VolumeRef
 
-# pynetdicom 3.0 leaves the socket of a refused connection to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 DELIVERED, WAITING, FAILED = DeliveryState.DELIVERED, DeliveryState.WAITING, DeliveryState.FAILED

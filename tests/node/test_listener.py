@@ -45,8 +45,6 @@ from dicomnode.index import Index
 from dicomnode.listener import Listener
 from dicomnode.volumes import instance_header
 
-# pynetdicom 3.0 leaves the socket of a connection that was reset to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
 CORPUS = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "dicom" / "corpus-pydicom"
 
