@@ -35,7 +35,6 @@ from dicomnode.errors import LocalError, RefusedError
 from dicomnode.index import Index
 from dicomnode.model import DeliveryState, Destination, Instance, InstanceHeader, Pair, Product, SeriesState, VolumeRef
 
-
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 DELIVERED, WAITING, FAILED = DeliveryState.DELIVERED, DeliveryState.WAITING, DeliveryState.FAILED
 

@@ -45,7 +45,6 @@ from dicomnode.index import Index
 from dicomnode.listener import Listener
 from dicomnode.volumes import instance_header
 
-
 CORPUS = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "dicom" / "corpus-pydicom"
 
 
