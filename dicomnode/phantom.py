@@ -27,8 +27,9 @@ FIELD_OF_VIEW_MM = (288.0, 358.4, 358.4)
 """Along (z, y, x); the voxel size is this over the shape."""
 SIGMA_HU = 8.0
 EXCURSION_MM = 16.0
-FADE_MM = 65.0
 """Largest movement of the diaphragm, head to foot."""
+FADE_MM = 65.0
+"""Depth below the wall of the chest within which the motion fades to nothing."""
 BORDERS = {"liver": 110, "spleen": 40, "kidney": 40, "stomach": 30, "heart": 30, "pancreas": 15, "gallbladder": 15,
            "large vessels": 30}  # fmt: skip
 FORKS = {"liver vessels": 80, "lung vessels": 50, "mesenteric vessels": 20}
