@@ -149,10 +149,10 @@ def geometry(datasets: Sequence[Dataset]) -> Stack:
     spacing (within 2 %); never a gap, never two slices in one place.
     """
     with disable_value_validation():
-        if len(datasets) < 2:
-            raise IncompleteSeriesError(f"Series: got {len(datasets)} instance, expected at least 2 slices")
         for dataset in datasets:
             _check_kind(dataset)
+        if len(datasets) < 2:
+            raise IncompleteSeriesError(f"Series: got {len(datasets)} instance, expected at least 2 slices")
         _check_same(datasets)
         row, column = _axes(datasets)
         _check_positions(datasets, np.cross(row, column))
