@@ -112,17 +112,48 @@ class SeriesActivity:
 
 
 @dataclass(frozen=True)
+class Member:
+    """One instance's part in a volume.
+
+    Attributes
+    ----------
+    frames
+        1-based frame numbers that belong to the volume; empty: a single-frame instance.
+    """
+
+    sop_instance_uid: str
+    frames: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class VolumeRef:
-    """One complete series as one volume, as far as pairing must know it.
+    """One volume of a complete series, as far as pairing must know it.
+
+    Series Instance UID and `volume_number` name it. A dynamic, multi-echo, Dixon or diffusion series has several.
 
     Attributes
     ----------
     header
-        The first instance's public, non-sequence, non-bulk elements by DICOM keyword.
+        The first instance's public, non-sequence, non-bulk elements by DICOM keyword; of a multi-frame instance those
+        of its functional groups too.
     shape
         (slices, rows, columns).
     affine
         16 numbers, row-major (4, 4): array index (k, j, i, 1) → LPS mm.
+    volume_number
+        Position among the series' volumes, from 0, in the order of the split: first by what tells contrasts apart
+        (echo, b-value, Dixon part …), then by time.
+    volumes_in_series
+        How many there are; 1 for an ordinary series.
+    split_by
+        What told the volumes apart, by DICOM keyword, with this volume's values: {"TemporalPositionIdentifier": 3},
+        {"EchoTime": 4.6, "ImageType": ["M", "WATER"]}. Empty for an ordinary series. All volumes of a series have the
+        same keywords.
+    phase_index, phases
+        Position in time, from 0, among the volumes that agree in all else, and how many those are; 0 and 1 where the
+        series was not split by time.
+    phase_time_s
+        Seconds since the first of these phases; None where the headers do not tell.
     """
 
     patient_id: str
@@ -137,6 +168,12 @@ class VolumeRef:
     affine: tuple[float, ...]
     last_received_at: datetime
     header: Mapping[str, HeaderValue] = field(default_factory=dict)
+    volume_number: int = 0
+    volumes_in_series: int = 1
+    split_by: Mapping[str, HeaderValue] = field(default_factory=dict)
+    phase_index: int = 0
+    phases: int = 1
+    phase_time_s: float | None = None
 
     @property
     def n_slices(self) -> int:
@@ -146,11 +183,13 @@ class VolumeRef:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two series that a rule joins: `moving` is brought onto `fixed`."""
+    """Two volumes that a rule joins: `moving` is brought onto `fixed`. Both may be of one series."""
 
     rule_id: str
     fixed_series_instance_uid: str
     moving_series_instance_uid: str
+    fixed_volume_number: int = 0
+    moving_volume_number: int = 0
 
 
 @dataclass(frozen=True)
@@ -185,6 +224,8 @@ class Job:
     attempts: int = 0
     verdict: Verdict | None = None
     reason: str = ""
+    fixed_volume_number: int = 0
+    moving_volume_number: int = 0
 
 
 @dataclass(frozen=True)

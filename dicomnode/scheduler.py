@@ -12,7 +12,7 @@ from dicomnode import completion, pairing, volumes
 from dicomnode.archive import Archive
 from dicomnode.errors import LocalError, StudyError, stack
 from dicomnode.index import Enqueue, Index
-from dicomnode.model import SeriesActivity, SeriesState, VolumeRef
+from dicomnode.model import Member, SeriesActivity, SeriesState, VolumeRef
 from dicomnode.rules import RuleSet
 
 log = logging.getLogger(__name__)
@@ -73,21 +73,24 @@ class Scheduler:
         uid = activity.series_instance_uid
         if self._index.is_own_output(uid):
             reason = "the node's own output: never registered again"
-            self._index.complete_series(activity, state=SeriesState.UNPAIRED, reason=reason, facts=None)
+            self._index.complete_series(activity, state=SeriesState.UNPAIRED, reason=reason)
             return
         try:
             datasets = volumes.read_headers([self._archive.path(each) for each in self._index.instances_of(uid)])
-            facts = volumes.describe(datasets, last_received_at=activity.last_received_at)
+            described = volumes.describe(datasets, last_received_at=activity.last_received_at)
         except StudyError as error:
             log.info("series %s refused: %s", uid, error)
-            self._index.complete_series(activity, state=SeriesState.REFUSED, reason=str(error), facts=None)
+            self._index.complete_series(activity, state=SeriesState.REFUSED, reason=str(error))
         except Exception as error:  # one hostile series must not stop the others
             log.error("series %s cannot be read: %s\n%s", uid, type(error).__name__, stack(error))
             reason = f"cannot be read: {type(error).__name__}: {error}"
-            self._index.complete_series(activity, state=SeriesState.REFUSED, reason=reason, facts=None)
+            self._index.complete_series(activity, state=SeriesState.REFUSED, reason=reason)
         else:
             log.info("series %s complete: %d instances", uid, activity.instances)
-            self._index.complete_series(activity, state=SeriesState.UNPAIRED, reason="not looked at yet", facts=facts)
+            members = [Member(str(each.SOPInstanceUID)) for each in datasets]
+            self._index.complete_series(
+                activity, state=SeriesState.UNPAIRED, reason="not looked at yet", volumes=[(described, members)]
+            )
 
     def _pair_or_say_why(self, patient: Patient, now: datetime) -> None:
         candidates = self._index.volumes_of(*patient)

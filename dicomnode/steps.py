@@ -33,6 +33,7 @@ from dicomnode.verdict import judge
 from registration_engine import DisplacementField, Grid, Registration, Report
 
 PROGRESS_EVERY_S = 1.0
+STORED = tuple(Instance.__dataclass_fields__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +78,16 @@ class Steps:
                 shutil.rmtree(folder)
 
     def volumes(self, job_id: str) -> None:
-        """Fix which instances take part, and pass both series through the geometry gate."""
+        """Fix which instances and frames take part, and pass both volumes through the geometry gate."""
         job = self._index.job(job_id)
         inputs = {}
-        for role, uid in (("fixed", job.fixed_series_instance_uid), ("moving", job.moving_series_instance_uid)):
-            instances = self._index.instances_of(uid)
-            volumes.geometry(volumes.read_headers([self._archive.path(each) for each in instances]))
-            inputs[role] = [asdict(each) for each in instances]
+        for role, uid, number in (
+            ("fixed", job.fixed_series_instance_uid, job.fixed_volume_number),
+            ("moving", job.moving_series_instance_uid, job.moving_volume_number),
+        ):
+            members = self._index.members_of(uid, number)
+            volumes.geometry(volumes.read_headers([self._archive.path(instance) for instance, _ in members]))
+            inputs[role] = [asdict(instance) | {"frames": frames} for instance, frames in members]
         with self._new_file(job_id, "inputs.json") as file:
             file.write(json.dumps(inputs).encode())
 
@@ -160,7 +164,7 @@ class Steps:
 
     def _instances(self, job_id: str, role: str) -> list[Instance]:
         inputs = json.loads((self._jobs / job_id / "inputs.json").read_text())
-        return [Instance(**each) for each in inputs[role]]
+        return [Instance(**{name: each[name] for name in STORED}) for each in inputs[role]]
 
     def _paths(self, job_id: str, role: str) -> list[Path]:
         return [self._archive.path(each) for each in self._instances(job_id, role)]

@@ -55,8 +55,8 @@ class Database:
         self.url = url
         self.engine = create_engine(url)
 
-    def migrate(self) -> None:
-        """Bring the tables to this version's shape.
+    def migrate(self, revision: str = "head") -> None:
+        """Bring the tables to this version's shape, or to that of an earlier revision.
 
         Raises
         ------
@@ -67,7 +67,7 @@ class Database:
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
         with self._writing() as connection:
             config.attributes["connection"] = connection
-            alembic.command.upgrade(config, "head")
+            alembic.command.upgrade(config, revision)
 
     def close(self) -> None:
         """Give back every connection."""

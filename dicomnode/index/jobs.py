@@ -25,6 +25,7 @@ class Jobs(Database):
                 job.c.id, pair.c.rule_id, pair.c.rule_version,
                 fixed.c.series_instance_uid, moving.c.series_instance_uid,
                 job.c.state, job.c.stage, job.c.attempts, job.c.verdict, job.c.reason,
+                pair.c.fixed_volume_number, pair.c.moving_volume_number,
             )
             .join(pair, job.c.pair_id == pair.c.id)
             .join(fixed, pair.c.fixed_series_id == fixed.c.id)
@@ -34,7 +35,7 @@ class Jobs(Database):
         with self._reading() as connection:
             row = connection.execute(query).one()
         verdict = None if row[8] is None else Verdict(row[8])
-        return Job(*row[:5], JobState(row[5]), row[6], row[7], verdict, row[9])
+        return Job(*row[:5], JobState(row[5]), row[6], row[7], verdict, *row[9:])
 
     def take_up_job(self, job_id: str, *, now: datetime) -> int:
         """A worker begins or resumes the job; how often that has happened, this time included."""

@@ -43,7 +43,7 @@ class Pairs(Database):
                 series.c.is_own_output.is_(False),
                 series.c.state.in_([SeriesState.PAIRED, SeriesState.UNPAIRED]),
             )
-            .order_by(series.c.id)
+            .order_by(series.c.id, volume.c.number)
         )
         with self._reading() as connection:
             return [_volume_ref(facts) for facts in connection.scalars(query)]
@@ -52,7 +52,13 @@ class Pairs(Database):
         """Every pair one of these series is in."""
         fixed, moving = series.alias(), series.alias()
         query = (
-            sa.select(pair.c.rule_id, fixed.c.series_instance_uid, moving.c.series_instance_uid)
+            sa.select(
+                pair.c.rule_id,
+                fixed.c.series_instance_uid,
+                moving.c.series_instance_uid,
+                pair.c.fixed_volume_number,
+                pair.c.moving_volume_number,
+            )
             .join(fixed, pair.c.fixed_series_id == fixed.c.id)
             .join(moving, pair.c.moving_series_id == moving.c.id)
             .where(
@@ -100,7 +106,11 @@ class Pairs(Database):
     ) -> str | None:
         fixed_id = series_key(connection, new.fixed_series_instance_uid)
         moving_id = series_key(connection, new.moving_series_instance_uid)
-        stands = sa.select(pair.c.id).where(pair.c.rule_id == new.rule_id, pair.c.moving_series_id == moving_id)
+        stands = sa.select(pair.c.id).where(
+            pair.c.rule_id == new.rule_id,
+            pair.c.moving_series_id == moving_id,
+            pair.c.moving_volume_number == new.moving_volume_number,
+        )
         if connection.scalar(stands) is not None:
             return None
         pair_id = inserted_key(
@@ -109,7 +119,9 @@ class Pairs(Database):
                     rule_id=new.rule_id,
                     rule_version=rule_version,
                     fixed_series_id=fixed_id,
+                    fixed_volume_number=new.fixed_volume_number,
                     moving_series_id=moving_id,
+                    moving_volume_number=new.moving_volume_number,
                     created_at=now,
                 )
             )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from enum import StrEnum
 
 import sqlalchemy as sa
 
+from dicomnode.errors import LocalError
 from dicomnode.index.database import Database, inserted_key, series_key, stored_instance, upsert
 from dicomnode.index.tables import association, instance, patient, product, series, study, volume
-from dicomnode.model import Instance, InstanceHeader, SeriesActivity, SeriesState, VolumeRef
+from dicomnode.model import Instance, InstanceHeader, Member, SeriesActivity, SeriesState, VolumeRef
 
 
 class Added(StrEnum):
@@ -147,6 +149,26 @@ class Receiving(Database):
         with self._reading() as connection:
             return [stored_instance(row) for row in connection.execute(query).mappings()]
 
+    def members_of(self, series_instance_uid: str, volume_number: int) -> list[tuple[Instance, tuple[int, ...]]]:
+        """The stored instances of one volume, each with its frame numbers (empty: single-frame), as it was judged.
+
+        Raises
+        ------
+        LocalError
+            The series has no such volume.
+        """
+        query = (
+            sa.select(volume.c.members)
+            .join(series, volume.c.series_id == series.c.id)
+            .where(series.c.series_instance_uid == series_instance_uid, volume.c.number == volume_number)
+        )
+        with self._reading() as connection:
+            members = connection.scalar(query)
+        if members is None:
+            raise LocalError(f"series {series_instance_uid} has no volume {volume_number} in the index")
+        stored = {each.sop_instance_uid: each for each in self.instances_of(series_instance_uid)}
+        return [(stored[uid], tuple(frames)) for uid, frames in members]
+
     def is_own_output(self, series_instance_uid: str) -> bool:
         """Whether the series carries our mark, or one of its instances is a product of ours."""
         same = sa.exists().where(
@@ -159,9 +181,20 @@ class Receiving(Database):
             return bool(connection.scalar(query))
 
     def complete_series(
-        self, activity: SeriesActivity, *, state: SeriesState, reason: str, facts: VolumeRef | None
+        self,
+        activity: SeriesActivity,
+        *,
+        state: SeriesState,
+        reason: str,
+        volumes: Sequence[tuple[VolumeRef, Sequence[Member]]] = (),
     ) -> bool:
-        """Close a series as seen in `activity`; False, and nothing changed, if an instance came meanwhile."""
+        """Close a series as seen in `activity`; False, and nothing changed, if an instance came meanwhile.
+
+        Parameters
+        ----------
+        volumes
+            Its volumes in order of their numbers, each with the instances and frames it consists of.
+        """
         with self._writing() as connection:
             changed = connection.execute(
                 series.update()
@@ -176,8 +209,15 @@ class Receiving(Database):
                 return False
             series_id = series_key(connection, activity.series_instance_uid)
             connection.execute(volume.delete().where(volume.c.series_id == series_id))
-            if facts is not None:
+            for facts, members in volumes:
                 values = asdict(facts)
                 values["last_received_at"] = facts.last_received_at.isoformat()
-                connection.execute(volume.insert().values(series_id=series_id, facts=values))
+                connection.execute(
+                    volume.insert().values(
+                        series_id=series_id,
+                        number=facts.volume_number,
+                        facts=values,
+                        members=[[each.sop_instance_uid, each.frames] for each in members],
+                    )
+                )
             return True

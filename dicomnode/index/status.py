@@ -32,7 +32,8 @@ class Status(Database):
             .order_by(series.c.id),
             "jobs": sa.select(
                 job.c.id, pair.c.rule_id, pair.c.rule_version, fixed.c.series_instance_uid.label("fixed"),
-                moving.c.series_instance_uid.label("moving"), job.c.state, job.c.stage, job.c.progress,
+                moving.c.series_instance_uid.label("moving"), pair.c.fixed_volume_number.label("fixed_volume"),
+                pair.c.moving_volume_number.label("moving_volume"), job.c.state, job.c.stage, job.c.progress,
                 job.c.attempts, job.c.verdict, job.c.reason, job.c.report,
             )
             .join(pair, job.c.pair_id == pair.c.id)

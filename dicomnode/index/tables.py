@@ -112,7 +112,9 @@ volume = sa.Table(
     "volume",
     METADATA,
     sa.Column("series_id", sa.ForeignKey("series.id"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("facts", sa.JSON, nullable=False),
+    sa.Column("members", sa.JSON, nullable=False),
 )
 rule_set = sa.Table(
     "rule_set",
@@ -129,9 +131,11 @@ pair = sa.Table(
     sa.Column("rule_id", sa.String(64), nullable=False),
     sa.Column("rule_version", sa.ForeignKey("rule_set.version"), nullable=False),
     _to("series", name="fixed_series_id"),
+    sa.Column("fixed_volume_number", sa.Integer, nullable=False),
     _to("series", name="moving_series_id"),
+    sa.Column("moving_volume_number", sa.Integer, nullable=False),
     sa.Column("created_at", UtcDateTime, nullable=False),
-    sa.UniqueConstraint("rule_id", "moving_series_id"),
+    sa.UniqueConstraint("rule_id", "moving_series_id", "moving_volume_number"),
 )
 job = sa.Table(
     "job",

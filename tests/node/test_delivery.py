@@ -33,7 +33,17 @@ from dicomnode.archive import Archive
 from dicomnode.delivery import DeliveryService, next_attempt, outcome, rejection
 from dicomnode.errors import LocalError, RefusedError
 from dicomnode.index import Index
-from dicomnode.model import DeliveryState, Destination, Instance, InstanceHeader, Pair, Product, SeriesState, VolumeRef
+from dicomnode.model import (
+    DeliveryState,
+    Destination,
+    Instance,
+    InstanceHeader,
+    Member,
+    Pair,
+    Product,
+    SeriesState,
+    VolumeRef,
+)
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 DELIVERED, WAITING, FAILED = DeliveryState.DELIVERED, DeliveryState.WAITING, DeliveryState.FAILED
@@ -94,7 +104,12 @@ class Outbox:
             facts = VolumeRef(
                 "P", "", "", "", "1.1", activity.series_instance_uid, "1.9", "CT", (1, 1, 1), (0.0,) * 16, NOW
             )
-            self.index.complete_series(activity, state=SeriesState.UNPAIRED, reason="", facts=facts)
+            self.index.complete_series(
+                activity,
+                state=SeriesState.UNPAIRED,
+                reason="",
+                volumes=[(facts, [Member(f"{activity.series_instance_uid}.1")])],
+            )
         version = self.index.rule_set_version("rules", "sha", now=NOW)
         (job_id,) = self.index.add_pairs(
             [Pair("r", "1.2", "1.3")], {}, rule_version=version, enqueue=lambda _connection, _job: None, now=NOW

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from dicomnode.model import (
     Instance,
     InstanceHeader,
     JobState,
+    Member,
     Pair,
     Product,
     SeriesActivity,
@@ -60,9 +62,14 @@ def receive(index: Index, *series: str, now: datetime = NOW) -> None:
     index.close_association(association, now=now)
 
 
-def complete(index: Index) -> None:
+def complete(index: Index, volumes: int = 1) -> None:
     for activity in index.activities():
-        index.complete_series(activity, state=SeriesState.UNPAIRED, reason="", facts=facts(activity))
+        described = [
+            (replace(facts(activity), volume_number=n, volumes_in_series=volumes), [Member(one.sop_instance_uid, (n,))])
+            for n in range(volumes)
+            for one in index.instances_of(activity.series_instance_uid)[:1]
+        ]
+        index.complete_series(activity, state=SeriesState.UNPAIRED, reason="", volumes=described)
 
 
 def make_job(index: Index) -> str:
@@ -122,7 +129,7 @@ def test_a_series_that_grew_meanwhile_is_not_completed(index: Index) -> None:
     (seen,) = index.activities()
     index.add_instance(stored("1.2.2"), header("1.2"), association_id=1, now=NOW + timedelta(seconds=1))
 
-    assert not index.complete_series(seen, state=SeriesState.UNPAIRED, reason="", facts=None)
+    assert not index.complete_series(seen, state=SeriesState.UNPAIRED, reason="")
     assert index.activities()[0].instances == 2
 
 
@@ -143,9 +150,19 @@ def test_facts_come_back_as_they_were(index: Index) -> None:
     receive(index, "1.2")
     (activity,) = index.activities()
 
-    index.complete_series(activity, state=SeriesState.UNPAIRED, reason="", facts=facts(activity))
+    phases = [
+        replace(
+            facts(activity), volume_number=n, volumes_in_series=2, split_by={"TemporalPositionIdentifier": n + 1},
+            phase_index=n, phases=2, phase_time_s=8.5 * n,
+        )
+        for n in range(2)
+    ]  # fmt: skip
 
-    assert index.volumes_of("P", "") == [facts(activity)]
+    index.complete_series(
+        activity, state=SeriesState.UNPAIRED, reason="", volumes=[(phase, [Member("1.2.1")]) for phase in phases]
+    )
+
+    assert index.volumes_of("P", "") == phases
     assert index.patients_to_pair() == [("P", "")]
 
 
@@ -172,6 +189,50 @@ def test_a_pair_is_made_once_per_rule_and_moving_series(index: Index) -> None:
 
     assert again == []
     assert index.pairs_of(["1.3"]) == [Pair("r", "1.2", "1.3")]
+
+
+def test_volumes_of_one_series_are_paired_each_once(index: Index) -> None:
+    receive(index, "1.2")
+    complete(index, volumes=3)
+    version = index.rule_set_version("rules", "sha", now=NOW)
+    pairs = [Pair("r", "1.2", "1.2", 1, number) for number in (0, 2)]
+
+    jobs = index.add_pairs(pairs, {}, rule_version=version, enqueue=no_queue, now=NOW)
+    again = index.add_pairs(pairs, {}, rule_version=version, enqueue=no_queue, now=NOW)
+
+    assert (len(jobs), again) == (2, [])
+    assert index.pairs_of(["1.2"]) == pairs
+    job = index.job(jobs[1])
+    assert (job.fixed_volume_number, job.moving_volume_number) == (1, 2)
+    assert index.members_of("1.2", 2) == [(stored("1.2.1"), (2,))]
+    with pytest.raises(LocalError, match="no volume 3"):
+        index.members_of("1.2", 3)
+
+
+def test_migrating_keeps_what_stands(tmp_path: Path) -> None:
+    index = Index(f"sqlite:///{tmp_path}/node.db")
+    index.migrate("0001")
+    with index.engine.begin() as connection:
+        for statement in FORMER_ROWS.strip().split("\n"):
+            connection.exec_driver_sql(statement)
+
+    index.migrate()
+
+    assert index.members_of("1.2", 0) == [(stored("1.2.1"), ())]
+    assert index.pairs_of(["1.2"]) == [Pair("r", "1.2", "1.2")]
+    index.close()
+
+
+FORMER_ROWS = f"""
+insert into patient values (1, 'P', '')
+insert into study values (1, 1, '1.1')
+insert into series values (1, 1, 1, '1.2', 'CT', 0, 'paired', '', '2026-01-02 03:04:05.000000')
+insert into association values (1, 'A', 'B', 'c', '2026-01-02 03:04:05.000000', null)
+insert into instance values (1, 1, 1, '1.2.1', '1.2.840.10008.5.1.4.1.1.2', '1.2.840.10008.1.2.1', '1.2.1.dcm', '{"a" * 64}', 100, '2026-01-02 03:04:05.000000')
+insert into volume values (1, '{{}}')
+insert into rule_set values (1, 'sha', 'rules', '2026-01-02 03:04:05.000000')
+insert into pair values (1, 'r', 1, 1, 1, '2026-01-02 03:04:05.000000')
+"""  # noqa: E501, S608
 
 
 def test_a_changed_rule_set_is_a_new_version_and_an_unchanged_one_is_not(index: Index) -> None:
