@@ -60,6 +60,8 @@ class RunningNode:
         The rule file's text.
     quiet_period_s
         Short, for tests.
+    database_url
+        SQLite in its data folder, unless told otherwise.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class RunningNode:
         destinations: Sequence[tuple[str, str, int]] = (),
         rules: str = PRE_POST,
         quiet_period_s: float = 1.0,
+        database_url: str = "sqlite:///{data_dir}/node.db",
     ) -> None:
         self.folder = folder
         self.port = free_port()
@@ -83,14 +86,20 @@ class RunningNode:
             for name, ae_title, port in destinations
         ]
         node = {"host": "127.0.0.1", "port": self.port, "data_dir": "data", "quiet_period_s": quiet_period_s}
-        text = {"node": node, "destinations": peers, "worker": {"device": "cpu"}, "rules": "rules.yaml"}
+        text = {
+            "node": node,
+            "database": {"url": database_url},
+            "destinations": peers,
+            "worker": {"device": "cpu"},
+            "rules": "rules.yaml",
+        }
         self.config.write_text(json.dumps(text))  # JSON is YAML
 
     def start(self, *, die_at: str = "") -> None:
         """Start it in a process group of its own; returns once it is up or, where it is to die, dead."""
-        environment = {**os.environ, "DIE_AT": die_at, "OMP_NUM_THREADS": "2"}
+        environment = {**os.environ, "DIE_AT": die_at}
         if die_at:
-            environment["PYTHONPATH"] = str(FAULTS)
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(FAULTS), os.environ.get("PYTHONPATH")]))
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "dicomnode", "serve", "--config", str(self.config)],

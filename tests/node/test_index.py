@@ -32,9 +32,12 @@ from dicomnode.model import (
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
-@pytest.fixture
-def index(tmp_path: Path) -> Iterator[Index]:
-    made = Index(f"sqlite:///{tmp_path}/node.db")
+@pytest.fixture(params=["sqlite", "postgresql"])
+def index(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Index]:
+    if request.param == "sqlite":
+        made = Index(f"sqlite:///{tmp_path}/node.db")
+    else:
+        made = Index(request.getfixturevalue("postgresql").new_database())
     made.migrate()
     yield made
     made.close()
@@ -97,6 +100,7 @@ def test_migrating_twice_changes_nothing(index: Index) -> None:
     assert len(index.activities()) == 1
 
 
+@pytest.mark.parametrize("index", ["sqlite"], indirect=True)
 def test_sqlite_survives_a_power_cut_by_its_settings(index: Index) -> None:
     with index.engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"

@@ -6,11 +6,12 @@ undisturbed node delivers, UID for UID, and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pytest
 from phantoms import make_pair
+from postgres import Postgres
 from pydicom.dataset import FileDataset
 from receiving_scp import ReceivingSCP
 from running_node import RunningNode, wait_for
@@ -75,26 +76,30 @@ def test_killed_at_every_arrow_it_delivers_exactly_what_an_undisturbed_node_deli
 ) -> None:
     with ReceivingSCP() as pacs:
         node = RunningNode(tmp_path / "node", destinations=[("pacs", "PACS", pacs.port)])
-        unsent = [list(series) for series in study]
-        try:
-            for number, arrow in enumerate(arrows):
-                marker = tmp_path / f"killed-{number}"
-                node.start(die_at=f"{arrow}:tree:{marker}")
-                unsent = [node.send(series) if series else [] for series in unsent]
-                wait_for(node.has_died, timeout_s=60, what=f"death at {arrow}; log:\n{node.logged()[-2000:]}")
-                node.kill()
-                assert marker.exists()
-            node.start()
-            assert [node.send(series) if series else [] for series in unsent] == [[], []]
-            wait_until_delivered(node)
-            assert node.stop() == 0
-        finally:
-            node.kill()
+        deliver_though_killed(node, arrows, study)
 
-        received = {each.sop_instance_uid: each.data_set for each in pacs.stored}
-        assert set(received) == undisturbed
-        # an answer may be lost between the PACS and our ledger: the very same instance comes again, never another
-        assert all(received[each.sop_instance_uid] == each.data_set for each in pacs.stored)
+        assert_delivered_exactly(undisturbed, pacs)
+
+
+def test_on_postgresql_too_it_is_killed_and_delivers_exactly_what_a_node_on_sqlite_delivers(
+    postgresql: Postgres,
+    study: tuple[list[FileDataset], list[FileDataset]],
+    undisturbed: set[str],
+    tmp_path: Path,
+) -> None:
+    arrows = [
+        "dicomnode.index.receiving:Receiving.add_instance:after",
+        "dicomnode.index.pairs:Pairs.add_pairs:after",
+        "dicomnode.index.jobs:Jobs.take_up_job:after",
+        "dicomnode.steps:Steps.objects:after",
+        "dicomnode.index.deliveries:Deliveries.record_delivery:before",
+    ]
+    with ReceivingSCP() as pacs:
+        destinations = [("pacs", "PACS", pacs.port)]
+        node = RunningNode(tmp_path / "node", destinations=destinations, database_url=postgresql.new_database())
+        deliver_though_killed(node, arrows, study)
+
+        assert_delivered_exactly(undisturbed, pacs)
 
 
 def test_a_job_that_kills_its_worker_is_given_up_with_the_reason_and_the_next_job_is_done(
@@ -161,3 +166,31 @@ def wait_until_delivered(node: RunningNode, *, given_up: Collection[str] = ()) -
         return bool(status["deliveries"]) and all(each["state"] == "delivered" for each in status["deliveries"])
 
     wait_for(all_delivered, timeout_s=120, what="all deliveries")
+
+
+def deliver_though_killed(
+    node: RunningNode, arrows: Sequence[str], study: tuple[list[FileDataset], list[FileDataset]]
+) -> None:
+    """Send the study and let the node die at one arrow after the other, then at none."""
+    unsent = [list(series) for series in study]
+    try:
+        for number, arrow in enumerate(arrows):
+            marker = node.folder / f"killed-{number}"
+            node.start(die_at=f"{arrow}:tree:{marker}")
+            unsent = [node.send(series) if series else [] for series in unsent]
+            wait_for(node.has_died, timeout_s=60, what=f"death at {arrow}; log:\n{node.logged()[-2000:]}")
+            node.kill()
+            assert marker.exists()
+        node.start()
+        assert [node.send(series) if series else [] for series in unsent] == [[], []]
+        wait_until_delivered(node)
+        assert node.stop() == 0
+    finally:
+        node.kill()
+
+
+def assert_delivered_exactly(expected: set[str], pacs: ReceivingSCP) -> None:
+    received = {each.sop_instance_uid: each.data_set for each in pacs.stored}
+    assert set(received) == expected
+    # an answer may be lost between the PACS and our ledger: the very same instance comes again, never another
+    assert all(received[each.sop_instance_uid] == each.data_set for each in pacs.stored)
