@@ -1,0 +1,23 @@
+"""`make demo` as a reader of the README runs it: it judges itself, by what the stand-in PACS received."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+
+@pytest.mark.timeout(600)
+def test_the_demo_passes_by_its_own_measures_and_leaves_its_picture(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dicomnode", "demo", "--out", str(tmp_path / "demo")]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    for expected in ("Error at", "Folding of the delivered field   0.0000 %", "Seconds of registration", "Verdict"):
+        assert expected in done.stdout
+    with Image.open(tmp_path / "demo" / "before-after.png") as picture:
+        assert picture.convert("L").getextrema() != (0, 0)
