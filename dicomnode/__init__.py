@@ -14,7 +14,8 @@
       → deliveries      index         one row per (instance, destination)
     delivered           delivery      Storage SCU with back-off
 
-    config, document, rules, conditions, derived, partners   what an administrator writes, and what it means
+    config, document, rules, conditions, vocabulary, derived   what an administrator writes, and what it means
+    scopes, partners → findings → reasons, trace               what a rule looks among, what it saw, and in words
     scheduler           reads the index, asks the pure rooms, writes what they decided
     service             supervises all of it; cli wires it together
     demo, phantom, anatomy   `dicomnode demo`: a generated study through the whole line

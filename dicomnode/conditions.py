@@ -14,15 +14,20 @@ from typing import Any, Protocol, runtime_checkable
 import re2
 from pydicom.datadict import dictionary_VR, keyword_dict
 
-from dicomnode.derived import DERIVED, Observation, Scalar, values_of
+from dicomnode.derived import DERIVED, WORDS, Observation, Scalar, Subject
 from dicomnode.document import ProblemError, Step, nearest, shown
-from dicomnode.model import VolumeRef
+from dicomnode.vocabulary import Vocabulary
 
 COMBINATORS = ("all", "any", "not")
-OPERATORS = ("any_of", "none_of", "matches", "min", "max", "exists")
-LATER = ("phase", "order", "from", "time_since_contrast_s", "orientation", "slice_spacing_mm", "field_of_view_mm",
-         "overlap_mm", "days_before")  # fmt: skip
-"""Words of the rule language that this version does not know: refused by name."""
+OPERATORS = ("any_of", "none_of", "means", "matches", "min", "max", "exists")
+ELSEWHERE = {
+    "overlap_mm": "pair.overlap_mm",
+    "days_before": "priors.max_age_days or pair.max_days",
+    "order": "order beside match or fallback, in a role",
+    "from": "from in a role",
+    "score": "score in a role's prefer",
+}
+"""Words that stand at another place of a rule."""
 
 _NUMERIC_VRS = {"DS", "FD", "FL", "IS", "SL", "SS", "SV", "UL", "US", "UV"}
 _TEXT_VRS = {"AE", "AS", "CS", "DA", "DT", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UR", "UT"}
@@ -32,7 +37,7 @@ _TEXT_VRS = {"AE", "AS", "CS", "DA", "DT", "LO", "LT", "PN", "SH", "ST", "TM", "
 class Condition(Protocol):
     """Something that holds of a volume or does not, and says what it saw."""
 
-    def check(self, volume: VolumeRef) -> Check:
+    def check(self, subject: Subject) -> Check:
         """Evaluate on one volume."""
 
 
@@ -96,11 +101,15 @@ class Comparison:
     operand: Scalar | tuple[Scalar | None, ...] | None
     label: str = ""
 
-    def check(self, volume: VolumeRef) -> Check:
+    def check(self, subject: Subject) -> Check:
         """Evaluate; an element with several values holds when any of them does."""
-        derive = DERIVED.get(self.name)
-        observation = Observation(values_of(volume, self.name)) if derive is None else derive(volume)
-        return Check(self, self._holds(observation.values), observation)
+        observation = subject.observe(self.name)
+        if self.operator != "means":
+            return Check(self, self._holds(observation.values), observation)
+        said = subject.vocabulary.read(" ".join(str(value) for value in observation.values))
+        read = ", ".join(f"{phrase!r} means {name}" for name, phrase in said.items()) or "no known phrase"
+        asked = self.operand if isinstance(self.operand, tuple) else (self.operand,)
+        return Check(self, not said.keys().isdisjoint(asked), Observation(observation.values, read))
 
     def __str__(self) -> str:
         operand = self.label or _text(self.operand)
@@ -128,9 +137,9 @@ class All:
 
     parts: tuple[Condition, ...] = ()
 
-    def check(self, volume: VolumeRef) -> Check:
+    def check(self, subject: Subject) -> Check:
         """Evaluate every part."""
-        checks = tuple(part.check(volume) for part in self.parts)
+        checks = tuple(part.check(subject) for part in self.parts)
         return Check(self, all(check.passed for check in checks), parts=checks)
 
     def __str__(self) -> str:
@@ -143,9 +152,9 @@ class AnyOf:
 
     parts: tuple[Condition, ...]
 
-    def check(self, volume: VolumeRef) -> Check:
+    def check(self, subject: Subject) -> Check:
         """Evaluate every part."""
-        checks = tuple(part.check(volume) for part in self.parts)
+        checks = tuple(part.check(subject) for part in self.parts)
         return Check(self, any(check.passed for check in checks), parts=checks)
 
     def __str__(self) -> str:
@@ -158,9 +167,9 @@ class Not:
 
     part: Condition
 
-    def check(self, volume: VolumeRef) -> Check:
+    def check(self, subject: Subject) -> Check:
         """Evaluate the part."""
-        check = self.part.check(volume)
+        check = self.part.check(subject)
         return Check(self, not check.passed, parts=(check,))
 
     def __str__(self) -> str:
@@ -170,15 +179,29 @@ class Not:
 ALWAYS = All()
 
 
-def parse(raw: object, vocabulary: Mapping[str, str], path: tuple[Step, ...] = ()) -> Condition:
+@dataclass(frozen=True)
+class Names:
+    """What a rule set calls things.
+
+    Attributes
+    ----------
+    expressions
+        Named regular expressions, for `matches: $name`.
+    vocabulary
+        Names with their phrases, for `means: name`.
+    """
+
+    expressions: Mapping[str, str]
+    vocabulary: Vocabulary
+
+
+def parse(raw: object, names: Names, path: tuple[Step, ...] = ()) -> Condition:
     """Turn one mapping of conditions into a value; all of its keys must hold.
 
     Parameters
     ----------
     raw
         From YAML: keyword or derived name → scalar or operators; `all`/`any` → list of mappings; `not` → mapping.
-    vocabulary
-        Named regular expressions, for `matches: $name`.
     path
         Where `raw` stands below the field, for messages.
 
@@ -189,7 +212,7 @@ def parse(raw: object, vocabulary: Mapping[str, str], path: tuple[Step, ...] = (
     """
     if not isinstance(raw, dict) or not raw:
         raise ProblemError(path, raw, "a mapping with at least one condition")
-    parts = tuple(_parse_one(str(name), operand, vocabulary, (*path, str(name))) for name, operand in raw.items())
+    parts = tuple(_parse_one(str(name), operand, names, (*path, str(name))) for name, operand in raw.items())
     return parts[0] if len(parts) == 1 else All(parts)
 
 
@@ -227,31 +250,30 @@ def check_keyword(name: str, path: tuple[Step, ...], *, words: tuple[str, ...] =
     return "text"
 
 
-def _parse_one(name: str, operand: object, vocabulary: Mapping[str, str], path: tuple[Step, ...]) -> Condition:
+def _parse_one(name: str, operand: object, names: Names, path: tuple[Step, ...]) -> Condition:
     if name == "not":
-        return Not(parse(operand, vocabulary, path))
+        return Not(parse(operand, names, path))
     if name in ("all", "any"):
         if not isinstance(operand, list) or not operand:
             raise ProblemError(path, operand, "a list of at least one mapping of conditions")
-        parts = tuple(parse(part, vocabulary, (*path, index)) for index, part in enumerate(operand))
+        parts = tuple(parse(part, names, (*path, index)) for index, part in enumerate(operand))
         return All(parts) if name == "all" else AnyOf(parts)
     kind = _kind(name, path)
     if not isinstance(operand, dict):
-        return Comparison(name, "is", _operand(operand, kind, path))
+        return Comparison(name, "is", _operand(name, operand, kind, path))
     if not operand:
         raise ProblemError(path, operand, f"a value or one of {', '.join(OPERATORS)}")
-    comparisons = tuple(_compare(name, op, value, kind, vocabulary, (*path, op)) for op, value in operand.items())
+    comparisons = tuple(_compare(name, op, value, kind, names, (*path, op)) for op, value in operand.items())
     return comparisons[0] if len(comparisons) == 1 else All(comparisons)
 
 
-def _compare(
-    name: str, operator: str, operand: object, kind: str, vocabulary: Mapping[str, str], path: tuple[Step, ...]
-) -> Comparison:
+def _compare(name: str, operator: str, operand: object, kind: str, names: Names, path: tuple[Step, ...]) -> Comparison:
     if operator not in OPERATORS:
-        later = ": not available in this version" if operator in LATER else nearest(operator, OPERATORS)
-        raise ProblemError(path, operator, f"one of {', '.join(OPERATORS)}{later}")
+        raise ProblemError(path, operator, f"one of {', '.join(OPERATORS)}{nearest(operator, OPERATORS)}")
+    if operator == "means":
+        return _means(name, operand, kind, names, path)
     if operator == "matches":
-        return _matches(name, operand, kind, vocabulary, path)
+        return _matches(name, operand, kind, names, path)
     if operator == "exists":
         if not isinstance(operand, bool):
             raise ProblemError(path, operand, "true or false")
@@ -259,26 +281,37 @@ def _compare(
     if operator in ("any_of", "none_of"):
         if not isinstance(operand, list) or not operand:
             raise ProblemError(path, operand, "a list of at least one value")
-        values = tuple(_operand(value, kind, (*path, index)) for index, value in enumerate(operand))
+        values = tuple(_operand(name, value, kind, (*path, index)) for index, value in enumerate(operand))
         return Comparison(name, operator, values)
-    if kind != "number":
+    if kind not in ("number", "phase"):
         raise ProblemError(path, operator, f"an element with numbers; {name} has none")
     return Comparison(name, operator, _number(operand, path))
 
 
-def _matches(
-    name: str, operand: object, kind: str, vocabulary: Mapping[str, str], path: tuple[Step, ...]
-) -> Comparison:
+def _means(name: str, operand: object, kind: str, names: Names, path: tuple[Step, ...]) -> Comparison:
+    if kind != "text":
+        raise ProblemError(path, "means", f"an element with text; {name} has none")
+    known = names.vocabulary.names
+    for word in (operand or [None]) if isinstance(operand, list) else [operand]:
+        if word not in known:
+            hint = f"a name of the vocabulary ({', '.join(sorted(known))}){nearest(str(word), known)}"
+            raise ProblemError(path, word, hint)
+    return Comparison(name, "means", tuple(map(str, operand)) if isinstance(operand, list) else str(operand))
+
+
+def _matches(name: str, operand: object, kind: str, names: Names, path: tuple[Step, ...]) -> Comparison:
     if kind != "text":
         raise ProblemError(path, "matches", f"an element with text; {name} has none")
     if not isinstance(operand, str):
         raise ProblemError(path, operand, "a regular expression (RE2) or $name of the vocabulary")
     if not operand.startswith("$") or len(operand) == 1:
         return Comparison(name, "matches", expression(operand, path))
-    if operand[1:] not in vocabulary:
-        known = ", ".join(sorted(vocabulary)) or "none"
-        raise ProblemError(path, operand, f"a name of the vocabulary ({known}){nearest(operand[1:], vocabulary)}")
-    return Comparison(name, "matches", vocabulary[operand[1:]], label=operand)
+    word, expressions = operand[1:], names.expressions
+    if word not in expressions:
+        hint = f"; {word} is a vocabulary: write means: {word}" if word in names.vocabulary.names else ""
+        known = ", ".join(sorted(expressions)) or "none"
+        raise ProblemError(path, operand, f"a name of the vocabulary ({known}){hint or nearest(word, expressions)}")
+    return Comparison(name, "matches", expressions[word], label=operand)
 
 
 def expression(pattern: str, path: tuple[Step, ...] = ()) -> str:
@@ -292,25 +325,31 @@ def expression(pattern: str, path: tuple[Step, ...] = ()) -> str:
 
 
 def _kind(name: str, path: tuple[Step, ...]) -> str:
-    """What operands a name takes: number, text, flag (contrast) or shape (geometry)."""
-    if name in LATER:
-        raise ProblemError(path, name, "no such condition: not available in this version")
+    """What operands a name takes: number, text, flag (contrast), words or phase (a word or a number)."""
+    if name in ELSEWHERE:
+        raise ProblemError(path, name, f"no condition on a series; see {ELSEWHERE[name]}")
+    if name == "phase":
+        return "phase"
+    if name in WORDS:
+        return "words"
     if name in DERIVED:
-        return {"contrast": "flag", "n_slices": "number", "geometry": "shape"}[name]
+        return "flag" if name == "contrast" else "number"
     return check_keyword(name, path, words=(*COMBINATORS, *DERIVED))
 
 
-def _operand(value: object, kind: str, path: tuple[Step, ...]) -> Scalar | None:
+def _operand(name: str, value: object, kind: str, path: tuple[Step, ...]) -> Scalar | None:
     if kind == "flag":
         if not isinstance(value, bool):
             raise ProblemError(path, value, "true or false")
         return value
-    if kind == "shape":
-        if value != "regular":
-            raise ProblemError(path, value, "regular")
-        return "regular"
     if value is None:
         return None
+    if kind == "phase" and not isinstance(value, str):
+        return _number(value, path)
+    if kind in ("words", "phase"):
+        if value not in WORDS[name]:
+            raise ProblemError(path, value, f"one of {', '.join(WORDS[name])}{nearest(str(value), WORDS[name])}")
+        return str(value)
     if kind == "number":
         return _number(value, path)
     if not isinstance(value, str):

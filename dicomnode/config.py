@@ -22,6 +22,13 @@ PRESETS = ("fast", "balanced", "accurate", "rigid")
 """Presets of the engine that a configuration or rule may name. Repeated here because this process must not import
 the engine; a test compares the two."""
 
+PRESET_PARAMETERS = {
+    "voxels": (1000, 2**30, True),
+    "smallest_determinant": (0.0, 1.0, False),
+    "largest_displacement_mm": (0.1, 500.0, False),
+}
+"""What of a preset a rule may set: lowest, highest, whole numbers only. A test compares it with the engine."""
+
 RESERVED = ("sources", "web", "storage", "retention", "notify", "audit")
 """Sections of later versions: accepted, warned about, without effect."""
 

@@ -158,7 +158,7 @@ def parse(text: str, file: str) -> Document:
     return Document(file=file, values=values, root=root)
 
 
-def check(document: Document, model: type[ModelT], *, context: Mapping[str, Any] | None = None) -> ModelT:
+def check(document: Document, model: type[ModelT], *, context: Any = None) -> ModelT:
     """Build `model` from the document.
 
     Raises

@@ -109,6 +109,8 @@ class SeriesActivity:
     last_received_at: datetime
     receiving: bool
     """An association that sent one of its instances is still open."""
+    is_fetched: bool = False
+    """All of it was asked for by a rule."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,8 @@ class VolumeRef:
     phase_index: int = 0
     phases: int = 1
     phase_time_s: float | None = None
+    is_fetched: bool = False
+    """Here only because a rule asked a PACS for it: fills roles `from: prior` and nothing else."""
 
     @property
     def n_slices(self) -> int:

@@ -7,112 +7,128 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from datetime import date
+from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
-from dicomnode.derived import Scalar, values_of
+from dicomnode.derived import Scalar, Subject, dot, study_date, values_of
 from dicomnode.model import VolumeRef
-from dicomnode.rules import PairConditions
+from dicomnode.rules import Rule
 
 
-def obstacles(conditions: PairConditions, fixed: VolumeRef, moving: VolumeRef) -> list[str]:
+@dataclass(frozen=True)
+class Finding:
+    """One pair-wise condition: what was asked, what was seen, whether it holds."""
+
+    text: str
+    passed: bool
+
+
+def obstacles(rule: Rule, fixed: Subject, moving: Subject) -> list[str]:
     """Why these two may not be joined, each with its figures; empty where they may.
 
     Patient identity comes first and alone: nothing else matters between two persons.
     """
-    return list(_identity(fixed, moving)) or [
-        *_days(conditions, fixed, moving),
-        *_same(conditions, fixed, moving),
-        *_close(conditions, fixed, moving),
-        *_overlap(conditions, fixed, moving),
-    ]
+    return [finding.text for finding in findings(rule, fixed, moving) if not finding.passed]
 
 
-def likeness(conditions: PairConditions, fixed: VolumeRef, moving: VolumeRef) -> int:
+def fits(rule: Rule, fixed: Subject, moving: Subject) -> bool:
+    """Whether these two may be joined: `obstacles` finds none."""
+    return all(finding.passed for finding in _findings(rule, fixed, moving))
+
+
+def findings(rule: Rule, fixed: Subject, moving: Subject) -> list[Finding]:
+    """Every pair-wise condition of the rule on these two."""
+    return list(_findings(rule, fixed, moving))
+
+
+def _findings(rule: Rule, fixed: Subject, moving: Subject) -> Iterator[Finding]:
+    persons = [Finding(text, False) for text in identity(fixed.volume, moving.volume)]
+    if persons:
+        yield from persons
+        return
+    yield from _days(rule, fixed.volume, moving.volume)
+    yield from _same(rule, fixed, moving)
+    yield from _close(rule, fixed, moving)
+    yield from _overlap(rule, fixed, moving)
+
+
+def likeness(rule: Rule, fixed: Subject, moving: Subject) -> int:
     """How many elements of `same_soft` agree."""
-    return sum(_agree(values_of(fixed, word), values_of(moving, word)) for word in conditions.same_soft)
+    return sum(_agree(fixed.observe(word).values, moving.observe(word).values) for word in rule.pair.same_soft)
 
 
-def study_date(volume: VolumeRef) -> date | None:
-    """The day of the examination: StudyDate, else AcquisitionDate, else SeriesDate; None where none is a date."""
-    for keyword in ("StudyDate", "AcquisitionDate", "SeriesDate"):
-        text = "".join(str(value) for value in values_of(volume, keyword)[:1]).replace(".", "")
-        if len(text) == 8 and text.isascii() and text.isdigit():
-            try:
-                return date(int(text[:4]), int(text[4:6]), int(text[6:]))
-            except ValueError:
-                continue
-    return None
-
-
-def overlap_mm(fixed: VolumeRef, moving: VolumeRef) -> float:
+def overlap_mm(fixed: Subject, moving: Subject) -> float:
     """Common extent along the fixed volume's slice normal, mm, outer voxel edges included; 0 where there is none."""
-    normal = _normal(fixed)
-    (fixed_low, fixed_high), (moving_low, moving_high) = (_extent(volume, normal) for volume in (fixed, moving))
+    normal = fixed.frame.normal
+    (fixed_low, fixed_high), (moving_low, moving_high) = fixed.frame.extent(normal), moving.frame.extent(normal)
     return max(0.0, min(fixed_high, moving_high) - max(fixed_low, moving_low))
 
 
-def orientation_deg(fixed: VolumeRef, moving: VolumeRef) -> float:
+def orientation_deg(fixed: Subject, moving: Subject) -> float:
     """Angle between the slice planes, 0 to 90 degrees; slices in reverse order are the same planes."""
-    cosine = abs(float(_normal(fixed) @ _normal(moving)))
+    cosine = abs(dot(fixed.frame.normal, moving.frame.normal))
     return math.degrees(math.acos(min(1.0, cosine)))
 
 
-def _identity(fixed: VolumeRef, moving: VolumeRef) -> Iterator[str]:
-    patients = [(volume.patient_id.strip(), volume.issuer_of_patient_id.strip()) for volume in (fixed, moving)]
+def identity(one: VolumeRef, other: VolumeRef) -> Iterator[str]:
+    """Why these may be two persons; nothing where they are one."""
+    patients = [(volume.patient_id.strip(), volume.issuer_of_patient_id.strip()) for volume in (one, other)]
     if not patients[0][0] or not patients[1][0]:
         yield "PatientID is empty, so nobody can tell whether it is one patient"
     elif patients[0] != patients[1]:
         yield "PatientID or IssuerOfPatientID differs"
     for keyword in ("PatientBirthDate", "PatientSex"):
-        one, other = values_of(fixed, keyword), values_of(moving, keyword)
-        if one and other and one != other:
+        a, b = values_of(one, keyword), values_of(other, keyword)
+        if a and b and a != b:
             yield f"{keyword} differs"
 
 
-def _days(conditions: PairConditions, fixed: VolumeRef, moving: VolumeRef) -> Iterator[str]:
-    if conditions.is_within_study or fixed.study_instance_uid == moving.study_instance_uid:
+def days_before(earlier: VolumeRef, later: VolumeRef) -> int | None:
+    """Days from one examination to the other; None where a date is missing."""
+    one, other = study_date(earlier), study_date(later)
+    return None if one is None or other is None else (other - one).days
+
+
+def _days(rule: Rule, fixed: VolumeRef, moving: VolumeRef) -> Iterator[Finding]:
+    if rule.pair.is_within_study or fixed.study_instance_uid == moving.study_instance_uid:
         return
-    days = study_date(fixed), study_date(moving)
-    if days[0] is None or days[1] is None:
-        yield "no date of examination, so max_days cannot be checked"
-    elif (apart := abs((days[0] - days[1]).days)) > conditions.max_days:
-        yield f"{apart} days apart, max_days {conditions.max_days}"
+    apart = days_before(fixed, moving)
+    name, limit = ("max_age_days", rule.priors.max_age_days) if rule.roles.prior else ("max_days", rule.pair.max_days)
+    if apart is None:
+        yield Finding(f"no date of examination, so {name} cannot be checked", False)
+    else:
+        yield Finding(f"{abs(apart)} days apart, {name} {limit}", abs(apart) <= limit)
 
 
-def _same(conditions: PairConditions, fixed: VolumeRef, moving: VolumeRef) -> Iterator[str]:
-    for keyword in conditions.same:
-        one, other = values_of(fixed, keyword), values_of(moving, keyword)
-        if not _agree(one, other):
-            yield f"same {keyword}: fixed {_text(one)}, moving {_text(other)}"
+def _same(rule: Rule, fixed: Subject, moving: Subject) -> Iterator[Finding]:
+    for name, wanted in (("same", True), ("different", False)):
+        for keyword in getattr(rule.pair, name):
+            one, other = fixed.observe(keyword).values, moving.observe(keyword).values
+            yield Finding(f"{name} {keyword}: fixed {_text(one)}, moving {_text(other)}", _agree(one, other) is wanted)
 
 
-def _close(conditions: PairConditions, fixed: VolumeRef, moving: VolumeRef) -> Iterator[str]:
-    for keyword, limit in conditions.close.items():
+def _close(rule: Rule, fixed: Subject, moving: Subject) -> Iterator[Finding]:
+    for keyword, limit in rule.pair.close.items():
         if keyword == "orientation_deg":
             angle = orientation_deg(fixed, moving)
-            if not angle <= limit:
-                yield f"close orientation_deg: {angle:.1f}, at most {limit:g}"
+            yield Finding(f"close orientation_deg: {angle:.1f}, at most {limit:g}", angle <= limit)
             continue
-        one, other = _numbers(values_of(fixed, keyword)), _numbers(values_of(moving, keyword))
+        values = fixed.observe(keyword).values, moving.observe(keyword).values
+        one, other = (_numbers(each) for each in values)
+        said = f"close {keyword}: fixed {_text(values[0])}, moving {_text(values[1])}"
         if not one or len(one) != len(other):
-            yield f"close {keyword}: fixed {_text(one)}, moving {_text(other)}"
-        elif not (apart := max(abs(a - b) for a, b in zip(one, other, strict=True))) <= limit:
-            yield f"close {keyword}: fixed {_text(one)}, moving {_text(other)}, {apart:g} apart, at most {limit:g}"
+            yield Finding(said, False)
+        else:
+            apart = max(abs(a - b) for a, b in zip(one, other, strict=True))
+            yield Finding(f"{said}, {apart:g} apart, at most {limit:g}", apart <= limit)
 
 
-def _overlap(conditions: PairConditions, fixed: VolumeRef, moving: VolumeRef) -> Iterator[str]:
-    if conditions.overlap_mm is None:
+def _overlap(rule: Rule, fixed: Subject, moving: Subject) -> Iterator[Finding]:
+    if rule.pair.overlap_mm is None:
         return
-    overlap = overlap_mm(fixed, moving)
-    if not overlap >= conditions.overlap_mm.min:
-        one_frame = fixed.frame_of_reference_uid == moving.frame_of_reference_uid
-        yield (
-            f"overlap_mm: {overlap:.1f}, at least {conditions.overlap_mm.min:g}"
-            + ("" if one_frame else " (different Frames of Reference)")
-        )
+    overlap, least = overlap_mm(fixed, moving), rule.pair.overlap_mm.min
+    one_frame = fixed.volume.frame_of_reference_uid == moving.volume.frame_of_reference_uid
+    where = "" if one_frame else " (different Frames of Reference)"
+    yield Finding(f"overlap_mm: {overlap:.1f}, at least {least:g}{where}", overlap >= least)
 
 
 def _agree(one: tuple[Scalar, ...], other: tuple[Scalar, ...]) -> bool:
@@ -130,21 +146,6 @@ def _numbers(values: tuple[Scalar, ...]) -> tuple[float, ...]:
         return tuple(float(value) for value in values)
     except ValueError:
         return ()
-
-
-def _normal(volume: VolumeRef) -> npt.NDArray[np.float64]:
-    """Unit normal of the slice plane, LPS: row direction × column direction (PS3.3 C.7.6.2.1.1)."""
-    affine = np.array(volume.affine).reshape(4, 4)
-    normal = np.cross(affine[:3, 2], affine[:3, 1])
-    return np.asarray(normal / np.linalg.norm(normal))
-
-
-def _extent(volume: VolumeRef, normal: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """Lowest and highest coordinate of the volume's corners along `normal`, mm."""
-    affine, ends = np.array(volume.affine).reshape(4, 4), [(-0.5, n - 0.5) for n in volume.shape]
-    corners = [(k, j, i, 1.0) for k in ends[0] for j in ends[1] for i in ends[2]]
-    along = np.array(corners) @ affine[:3].T @ normal
-    return float(along.min()), float(along.max())
 
 
 def _text(values: tuple[Scalar, ...]) -> str:

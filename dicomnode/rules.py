@@ -7,28 +7,41 @@ refused by name. `pairing` applies them; this room decides nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, Field, PlainValidator, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from dicomnode import conditions, document
-from dicomnode.conditions import ALWAYS, Condition
-from dicomnode.config import Preset
+from dicomnode.conditions import ALWAYS, Condition, Names
+from dicomnode.config import PRESET_PARAMETERS, Preset
+from dicomnode.derived import DERIVED
 from dicomnode.document import ProblemError, Section
 from dicomnode.errors import ConfigError
+from dicomnode.vocabulary import BUILT_IN, Vocabulary, tokens
 
 OUTPUTS = ("series", "sro", "dsr")
+"""What a rule makes where it does not say."""
+ALL_OUTPUTS = (*OUTPUTS, "series_4d")
 
 DEFAULT_EXCLUDE: tuple[dict[str, Any], ...] = (
     {"ImageType": {"any_of": ["LOCALIZER", "SCREEN SAVE", "SECONDARY", "MPR", "PROJECTION IMAGE", "SUBTRACTION"]}},
-    {"SeriesDescription": {"matches": "(?i)scout|topogram|surview|locali[sz]er|dose ?report|screen ?save"}},
-    {"SeriesDescription": {"matches": "(?i)(^|[^a-z])(mip|minip|mpr)([^a-z]|$)"}},
+    {"SeriesDescription": {"means": ["localizer", "screenshot", "dose_report", "timing"]}},
+    {"SeriesDescription": {"means": ["projection", "reformat", "subtraction"]}},
 )
-"""What no rule takes where `defaults.exclude` is not given. `exclude: []` takes everything."""
+"""What no rule takes where neither it nor `defaults` has `exclude`. `exclude: []` takes everything."""
 
 
 def load(path: Path | None) -> RuleSet:
@@ -57,25 +70,34 @@ def parse(text: str, file: str) -> RuleSet:
         One problem per line.
     """
     parsed = document.parse(text, file)
-    vocabulary = parsed.values.get("vocab")
-    found = document.check(parsed, RulesFile, context=vocabulary if isinstance(vocabulary, dict) else {})
+    names = _names(parsed.values.get("vocab"))
+    found = document.check(parsed, RulesFile, context=names)
     normalized = yaml.safe_dump(dict(parsed.values), sort_keys=True, allow_unicode=True, width=10_000)
     return RuleSet(
         exclude=found.defaults.exclude,
         require=found.defaults.require,
+        vocabulary=names.vocabulary,
         rules=found.rules,
         text=normalized,
         sha256=hashlib.sha256(normalized.encode()).hexdigest(),
     )
 
 
-def _condition(raw: object, info: ValidationInfo) -> Condition:
-    return conditions.parse(raw, _vocabulary(info))
-
-
-def _vocabulary(info: ValidationInfo) -> Mapping[str, str]:
+def _names(vocab: object) -> Names:
     """The document's vocabulary, as far as it is one; what is wrong in it is reported under its own key."""
-    return {name: text for name, text in (info.context or {}).items() if isinstance(text, str)}
+    entries = {name: entry for name, entry in vocab.items() if isinstance(name, str)} if isinstance(vocab, dict) else {}
+    lists = {
+        name: [each for each in entry if isinstance(each, str)]
+        for name, entry in entries.items()
+        if isinstance(entry, list)
+    }
+    expressions = {name: entry for name, entry in entries.items() if isinstance(entry, str)}
+    return Names(expressions, Vocabulary(lists) if lists else BUILT_IN)
+
+
+def _condition(raw: object, info: ValidationInfo) -> Condition:
+    names: Any = info.context
+    return conditions.parse(raw, names)
 
 
 ConditionField = Annotated[Condition, PlainValidator(_condition)]
@@ -105,15 +127,62 @@ def _preference(raw: object, info: ValidationInfo) -> Preference:
     return Preference(_condition({key: value for key, value in raw.items() if key != "score"}, info), score)
 
 
+PICKS = {"first": 0, "second": 1, "third": 2, "fourth": 3, "last": -1}
+
+
+class Order(Section):
+    """Which of several, in the order of their acquisition."""
+
+    by: Literal["acq_time", "series_number"] = "acq_time"
+    pick: Annotated[int, Field(strict=True, ge=0)] | Literal["first", "second", "third", "fourth", "last"]
+
+    @property
+    def index(self) -> int:
+        """Zero-based; -1 for the last."""
+        return self.pick if isinstance(self.pick, int) else PICKS[self.pick]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The volumes that meet `condition`; with `order`, one of them."""
+
+    condition: Condition
+    order: Order | None = None
+
+
+def _selection(raw: object, info: ValidationInfo) -> Selection:
+    if not isinstance(raw, dict) or "order" not in raw:
+        return Selection(_condition(raw, info))
+    rest = {key: value for key, value in raw.items() if key != "order"}
+    try:
+        order = Order.model_validate(raw["order"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        steps = [str(step) for step in first["loc"] if step in ("by", "pick")]
+        expected = "by: acq_time or series_number, and pick: first, second, third, fourth, last or a number from 0"
+        raise ProblemError(("order", *steps), first["input"], expected) from None
+    return Selection(_condition(rest, info) if rest else ALWAYS, order)
+
+
+SelectionField = Annotated[Selection, PlainValidator(_selection)]
+
+
 class Role(Section):
     """Which series may be the fixed or the moving one."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"from", "order"})
-
-    match: ConditionField
+    origin: Literal["current", "prior"] = Field(default="current", alias="from")
+    match: SelectionField
     prefer: tuple[Annotated[Preference, PlainValidator(_preference)], ...] = ()
-    fallback: ConditionField | None = None
+    fallback: SelectionField | None = None
     many: bool = Field(default=False, strict=True)
+    one_per: str | None = None
+
+    @field_validator("one_per")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and name not in DERIVED:
+            conditions.check_keyword(name, (), words=tuple(DERIVED))
+        return name
 
 
 class Roles(Section):
@@ -123,12 +192,21 @@ class Roles(Section):
     moving: Role
 
     @model_validator(mode="after")
-    def _one_fixed(self) -> Roles:
+    def _one_of_each(self) -> Roles:
         if self.fixed.many:
-            raise ProblemError(
-                ("fixed", "many"), True, "many on moving only: on fixed it is not available in this version"
-            )
+            raise ProblemError(("fixed", "many"), True, "many on moving only: there is one fixed series")
+        for name in ("fixed", "moving"):
+            role = getattr(self, name)
+            if role.one_per is not None and not role.many:
+                raise ProblemError((name, "one_per"), role.one_per, "many: true beside one_per")
+        if self.fixed.origin == self.moving.origin == "prior":
+            raise ProblemError(("moving", "from"), "prior", "current on one of the two roles: it starts the rule")
         return self
+
+    @property
+    def prior(self) -> Role | None:
+        """The role that an earlier examination fills, if one does."""
+        return next((role for role in (self.fixed, self.moving) if role.origin == "prior"), None)
 
 
 class Overlap(Section):
@@ -140,94 +218,171 @@ class Overlap(Section):
 class PairConditions(Section):
     """What must hold between the two series of a pair."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"days_before", "different"})
-
     same: tuple[Keyword, ...] = ("StudyInstanceUID",)
+    different: tuple[Keyword, ...] = ()
     close: dict[str, Positive] = Field(default_factory=dict)
     overlap_mm: Overlap | None = None
     same_soft: tuple[Keyword, ...] = ()
     max_days: Annotated[int, Field(strict=True, ge=0)] = 1
 
-    @field_validator("same")
-    @classmethod
-    def _known(cls, same: tuple[str, ...]) -> tuple[str, ...]:
-        if "SeriesInstanceUID" in same:
-            raise ValueError("two series: pairs within one series are not available in this version")
-        return same
-
     @field_validator("close")
     @classmethod
     def _numeric(cls, close: dict[str, float]) -> dict[str, float]:
         for name in close:
-            if (
-                name != "orientation_deg"
-                and conditions.check_keyword(name, (name,), words=("orientation_deg",)) != "number"
-            ):
-                raise ProblemError((name,), name, "an element with numbers, or orientation_deg")
+            if name not in CLOSE and conditions.check_keyword(name, (name,), words=CLOSE) != "number":
+                raise ProblemError((name,), name, f"an element with numbers, or one of {', '.join(CLOSE)}")
         return close
 
     @property
     def is_within_study(self) -> bool:
         """Whether both series must be of one study."""
-        return "StudyInstanceUID" in self.same
+        return "StudyInstanceUID" in self.same or "SeriesInstanceUID" in self.same
+
+
+CLOSE = ("orientation_deg", "slice_spacing_mm", "field_of_view_mm", "coverage_mm")
+"""What `close` compares beside elements with numbers."""
 
 
 class Ready(Section):
-    """When the rule may look."""
-
-    later: ClassVar[frozenset[str]] = frozenset({"deadline_s", "at_deadline", "timeout_s", "max_wait_s"})
+    """When the rule may look, and how long it waits for what is missing."""
 
     quiet_s: Annotated[float, Field(strict=True, ge=0)] | None = None
     roles: tuple[Literal["fixed", "moving"], ...] = ("fixed", "moving")
     min_moving: Annotated[int, Field(strict=True, ge=1)] = 1
+    deadline_s: Annotated[float, Field(strict=True, gt=0)] | None = None
+    at_deadline: Literal["pair", "leave", "ask"] = "leave"
+
+
+class Split(Section):
+    """The phases of a dynamic examination: one scope of its own."""
+
+    by: Literal["auto", "series", "study"] = "auto"
+    min_phases: Annotated[int, Field(strict=True, ge=2)] = 2
+
+
+class Query(Section):
+    """Which studies of the patient are asked for."""
+
+    modalities: Annotated[tuple[str, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = Field(
+        default=(), alias="ModalitiesInStudy"
+    )
+    description: str = Field(default="", alias="StudyDescription")
+    same_patient: Literal[True] = True
+
+
+class Priors(Section):
+    """Where earlier examinations come from, and how old they may be."""
+
+    query: Query = Query()
+    max_age_days: Annotated[int, Field(strict=True, ge=0)] = 365
+    max_studies: Annotated[int, Field(strict=True, ge=1, le=20)] = 3
+    pick: Literal["newest", "best"] = "newest"
+    sources: tuple[str, ...] = ()
+    fetch: Literal["c-move", "c-get", "dicomweb"] | None = None
 
 
 class Register(Section):
     """How the pair is registered."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"groupwise", "parameters", "model"})
+    later: ClassVar[frozenset[str]] = frozenset({"model"})
 
     preset: Preset | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
     affine_sro: bool = Field(default=False, strict=True)
     """Also write the affine stage as a Spatial Registration."""
+    groupwise: Literal[False] = False
+
+    @field_validator("parameters")
+    @classmethod
+    def _of_the_engine(cls, parameters: dict[str, Any]) -> dict[str, Any]:
+        for name, value in parameters.items():
+            if name not in PRESET_PARAMETERS:
+                known = f"one of {', '.join(PRESET_PARAMETERS)}{document.nearest(name, PRESET_PARAMETERS)}"
+                raise ProblemError((name,), name, known)
+            low, high, is_whole = PRESET_PARAMETERS[name]
+            if isinstance(value, bool) or not isinstance(value, int if is_whole else int | float):
+                raise ProblemError((name,), value, "a whole number" if is_whole else "a number")
+            if not low <= value <= high:
+                raise ProblemError((name,), value, f"{low:g} to {high:g}")
+        return parameters
+
+
+_CLOCK = r"^([01]\d|2[0-3]):[0-5]\d$"
+Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+DAYS: tuple[Day, ...] = get_args(Day)
+
+
+class Schedule(Section):
+    """When jobs of the rule may begin, local time of the node; `to` before `from` runs over midnight."""
+
+    days: tuple[Day, ...] = DAYS
+    start: Annotated[str, Field(pattern=_CLOCK)] = Field(default="00:00", alias="from")
+    end: Annotated[str, Field(pattern=_CLOCK)] = Field(default="00:00", alias="to")
+
+    def next_start(self, now: datetime) -> datetime:
+        """`now` if a job may begin, else when the next window opens; `now` aware, in local time."""
+        for offset in range(-1, 8):
+            day = now + timedelta(days=offset)
+            if DAYS[day.weekday()] not in self.days:
+                continue
+            opens, closes = (
+                day.replace(hour=int(t[:2]), minute=int(t[3:]), second=0, microsecond=0) for t in (self.start, self.end)
+            )
+            if closes <= opens:
+                closes += timedelta(days=1)
+            if now < closes:
+                return max(now, opens)
+        return now
 
 
 class Rule(Section):
     """One kind of pair."""
 
-    later: ClassVar[frozenset[str]] = frozenset(
-        {"split", "priors", "destinations", "priority", "schedule", "owner", "tags", "exclude", "require"}
-    )
-
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
     when: ConditionField = ALWAYS
+    split: Split | None = None
+    priors: Priors = Priors()
     ready: Ready = Ready()
     roles: Roles
     pair: PairConditions = PairConditions()
     registration: Register = Field(default=Register(), alias="register")
     outputs: tuple[str, ...] = OUTPUTS
-    store_in: str = "fixed_study"
+    destinations: tuple[str, ...] | None = None
+    store_in: Literal["fixed_study", "moving_study", "newest"] = "fixed_study"
+    priority: Literal["urgent", "normal", "off-peak"] = "normal"
+    schedule: Schedule | None = None
+    exclude: tuple[ConditionField, ...] | None = None
+    require: ConditionField | None = None
     enabled: bool = Field(default=True, strict=True)
+    owner: str = ""
     comment: str = ""
+    tags: tuple[str, ...] = ()
 
     @field_validator("outputs")
     @classmethod
     def _made_here(cls, outputs: tuple[str, ...]) -> tuple[str, ...]:
         for index, output in enumerate(outputs):
-            if output not in OUTPUTS or output in outputs[:index]:
+            if output not in ALL_OUTPUTS or output in outputs[:index]:
                 later = ": not available in this version" if output in ("jacobian", "sr", "sc") else ""
-                raise ProblemError((index,), output, f"one of {', '.join(OUTPUTS)}, each once{later}")
+                raise ProblemError((index,), output, f"one of {', '.join(ALL_OUTPUTS)}, each once{later}")
         if not outputs:
-            raise ValueError(f"at least one of {', '.join(OUTPUTS)}")
+            raise ValueError(f"at least one of {', '.join(ALL_OUTPUTS)}")
         return outputs
 
-    @field_validator("store_in")
-    @classmethod
-    def _stored_here(cls, store_in: str) -> str:
-        if store_in != "fixed_study":
-            later = ": not available in this version" if store_in in ("moving_study", "newest") else ""
-            raise ValueError(f"fixed_study{later}")
-        return store_in
+    @model_validator(mode="after")
+    def _consistent(self) -> Rule:
+        if "series_4d" in self.outputs and self.split is None:
+            raise ProblemError(("outputs",), "series_4d", "split in the rule: one 4D series needs phases")
+        if self.roles.prior is None:
+            if "priors" in self.model_fields_set:
+                raise ProblemError(("priors",), "priors", "a role with from: prior, which they would fill")
+            return self
+        if "same" not in self.pair.model_fields_set:
+            pair = self.pair.model_copy(update={"same": ("PatientID",)})
+            return self.model_copy(update={"pair": pair})
+        if self.pair.is_within_study:
+            raise ProblemError(("pair", "same"), "StudyInstanceUID", "PatientID: a prior is of another study")
+        return self
 
     def preset(self, default: str) -> str:
         """The rule's preset, or the node's where it names none."""
@@ -241,7 +396,7 @@ class Rule(Section):
 class Defaults(Section):
     """What holds for every role of every rule."""
 
-    exclude: tuple[ConditionField, ...] = tuple(conditions.parse(raw, {}) for raw in DEFAULT_EXCLUDE)
+    exclude: tuple[ConditionField, ...] = tuple(conditions.parse(raw, Names({}, BUILT_IN)) for raw in DEFAULT_EXCLUDE)
     require: ConditionField = ALWAYS
 
 
@@ -250,14 +405,19 @@ class RulesFile(Section):
 
     version: Literal[1]
     defaults: Defaults = Defaults()
-    vocab: dict[str, str] = Field(default_factory=dict)
+    vocab: dict[str, str | tuple[str, ...]] = Field(default_factory=dict)
     rules: tuple[Rule, ...]
 
     @field_validator("vocab")
     @classmethod
-    def _expressions(cls, vocab: dict[str, str]) -> dict[str, str]:
-        for name, pattern in vocab.items():
-            conditions.expression(pattern, (name,))
+    def _usable(cls, vocab: dict[str, str | tuple[str, ...]]) -> dict[str, str | tuple[str, ...]]:
+        for name, entry in vocab.items():
+            if isinstance(entry, str):
+                conditions.expression(entry, (name,))
+                continue
+            for index, phrase in enumerate(entry):
+                if not tokens(phrase):
+                    raise ProblemError((name, index), phrase, "a phrase with a letter or digit")
         return vocab
 
     @field_validator("rules")
@@ -279,7 +439,9 @@ class RuleSet:
     exclude
         A volume that meets one of these fills no role of any rule.
     require
-        What every volume must meet to fill a role.
+        What every volume must meet to fill a role; a rule may have its own `exclude` and `require` instead.
+    vocabulary
+        What descriptions are read with.
     rules
         In the order of the file, disabled ones too.
     text
@@ -290,6 +452,7 @@ class RuleSet:
 
     exclude: tuple[Condition, ...]
     require: Condition
+    vocabulary: Vocabulary = field(compare=False)
     rules: tuple[Rule, ...]
     text: str
     sha256: str

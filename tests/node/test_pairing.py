@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from volume_refs import NOW, volume
 
-from dicomnode import pairing, partners, rules, volumes
+from dicomnode import pairing, partners, reasons, rules, volumes
+from dicomnode.derived import Subject
 from dicomnode.model import Pair, SeriesActivity, VolumeRef
 from dicomnode.pairing import Decision
 from dicomnode.rules import RuleSet
@@ -189,7 +190,7 @@ def test_a_reason_names_no_more_than_a_few_rules() -> None:
 
     reason = decide(rules.parse(yaml.safe_dump({"version": 1, "rules": many}), "m"), [volume("C")]).reasons["C"]
 
-    assert reason.endswith(f"; {40 - pairing.MAX_CLAUSES} more")
+    assert reason.endswith(f"; {40 - reasons.MAX_CLAUSES} more")
     assert len(reason) < 2000
 
 
@@ -400,16 +401,18 @@ def test_overlap_is_measured_along_the_fixed_volume_s_own_normal() -> None:
     fixed = volume("A", affine=sagittal, shape=(20, 100, 100))
     axial = volume("B", affine=(0, 0, 1, 0, 0, 1, 0, 0, 3, 0, 0, 0, 0, 0, 0, 1), shape=(30, 25, 25))
 
-    assert partners.overlap_mm(fixed, axial) == pytest.approx(24.5 - 9)  # x of the axial one: -0.5 … 24.5
-    assert partners.overlap_mm(axial, fixed) == pytest.approx(min(49.75, 88.5) + 0.25)
-    assert partners.orientation_deg(fixed, axial) == pytest.approx(90)
+    assert partners.overlap_mm(Subject(fixed), Subject(axial)) == pytest.approx(
+        24.5 - 9
+    )  # x of the axial one: -0.5 … 24.5
+    assert partners.overlap_mm(Subject(axial), Subject(fixed)) == pytest.approx(min(49.75, 88.5) + 0.25)
+    assert partners.orientation_deg(Subject(fixed), Subject(axial)) == pytest.approx(90)
 
 
 @pytest.mark.parametrize("other", [{"patient_id": "P2"}, {"issuer": "elsewhere"}])
 def test_two_patients_are_told_apart_between_two_series_too(other: dict[str, str]) -> None:
     (rule,) = rule_set(pair={"same": ["StudyInstanceUID", "EchoTime"]}).rules
 
-    assert partners.obstacles(rule.pair, a(), b(**other)) == ["PatientID or IssuerOfPatientID differs"]
+    assert partners.obstacles(rule, Subject(a()), Subject(b(**other))) == ["PatientID or IssuerOfPatientID differs"]
 
 
 @pytest.mark.parametrize("other", [{"patient_id": "P2"}, {"issuer": "elsewhere"}])

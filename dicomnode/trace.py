@@ -1,0 +1,169 @@
+"""Everything that rules saw, told in full: each condition, the value seen, the result and the score.
+
+Law: pure; plain JSON values out, and the same as text for people. What is the patient's is never repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from dicomnode import partners
+from dicomnode.conditions import Check
+from dicomnode.findings import RuleFinding, ScopeFinding, keys_of, label
+from dicomnode.reasons import no_role, note
+from dicomnode.rules import Role, Rule
+from dicomnode.scopes import Key
+
+MAX_PARTNERS = 400
+"""Pairs of volumes whose pair-wise conditions one scope's trace tells."""
+
+Json = Any
+
+
+def as_json(findings: Iterable[RuleFinding], *, series: frozenset[str] | None = None) -> list[Json]:
+    """The trace of a decision, one entry per rule; with `series`, only what concerns these Series Instance UIDs."""
+    return [told for finding in findings if (told := _rule(finding, series))]
+
+
+def as_text(told: Iterable[Json]) -> Iterator[str]:
+    """The lines of a trace that `as_json` made."""
+    for rule in told:
+        yield f"rule {rule['rule']}"
+        for out in rule["left_out"]:
+            yield f"  left out  {out['volume']}  by {out['by']}"
+            yield from _check_lines(out["check"], "    ")
+        for scope in rule["scopes"]:
+            yield f"  {scope['scope']}: {scope['outcome']}"
+            for pair in scope["pairs"]:
+                yield f"    pair  fixed {pair['fixed']}  moving {pair['moving']}"
+            for volume in scope["volumes"]:
+                fills = ", ".join(f"{name} with score {score:g}" for name, score in volume["fills"].items())
+                yield f"    {volume['volume']}  {fills or 'no role'}" + (f"  {volume['why']}" if volume["why"] else "")
+                for name, role in volume["roles"].items():
+                    yield f"      {name}"
+                    for kind in ("match", "fallback"):
+                        if kind in role:
+                            yield from _check_lines(role[kind], "        ", f"{kind}: ")
+                    for each in role.get("prefer", ()):
+                        yield from _check_lines(each["check"], "        ", f"prefer {each['score']:+g}: ")
+            for between in scope["between"]:
+                yield f"    fixed {between['fixed']}  moving {between['moving']}"
+                yield from (f"      {_mark(each['passed'])} {each['condition']}" for each in between["conditions"])
+
+
+def _rule(finding: RuleFinding, series: frozenset[str] | None) -> Json:
+    def is_asked(key: Key) -> bool:
+        return series is None or key[0] in series
+
+    left_out = [
+        {"volume": label(key), "by": where, "check": _check(check)}
+        for key, (where, check) in finding.left_out.items()
+        if is_asked(key)
+    ]
+    left_out += [
+        {"volume": label(key), "by": "when", "check": _check(check)}
+        for key, check in finding.outside.items()
+        if is_asked(key)
+    ]
+    left_out += [
+        {"volume": label(key), "by": why, "check": None} for key, why in finding.scopeless.items() if is_asked(key)
+    ]
+    scopes = [
+        _scope(finding.rule, scope, series)
+        for scope in finding.scopes
+        if series is None or any(is_asked(key) for key in scope.scope.subjects)
+    ]
+    return {"rule": finding.rule.id, "left_out": left_out, "scopes": scopes} if left_out or scopes else None
+
+
+def _scope(rule: Rule, finding: ScopeFinding, series: frozenset[str] | None) -> Json:
+    made = {key for pair in finding.pairs for key in keys_of(pair)}
+    volumes = []
+    for key in finding.scope.subjects:
+        if series is not None and key[0] not in series:
+            continue
+        fills = {name: scores[key] for name, scores in finding.roles.items() if key in scores}
+        if finding.waits and fills:
+            why = f"waiting: {finding.waits}"
+        elif fills:
+            why = "" if key in made else note(rule, finding, key)
+        else:
+            why = no_role(rule, finding.scope, key)
+        volumes.append({"volume": label(key), "fills": fills, "why": why, "roles": _roles(rule, finding, key)})
+    return {
+        "scope": finding.scope.id,
+        "outcome": _outcome(finding),
+        "pairs": [{"fixed": label(f), "moving": label(m)} for f, m in map(keys_of, finding.pairs)],
+        "volumes": volumes,
+        "between": list(_between(rule, finding, series)),
+    }
+
+
+def _outcome(finding: ScopeFinding) -> str:
+    if finding.pairs:
+        return f"{len(finding.pairs)} pair{'s' if len(finding.pairs) > 1 else ''}"
+    if finding.waits:
+        return f"waiting: {finding.waits}"
+    if finding.ambiguity is not None:
+        return f"to be settled by a person: {finding.ambiguity.reason}"
+    return "no new pair"
+
+
+def _roles(rule: Rule, finding: ScopeFinding, key: Key) -> Json:
+    subject, told = finding.scope.subjects[key], {}
+    for name, role in (("fixed", rule.roles.fixed), ("moving", rule.roles.moving)):
+        if (role.origin == "prior") != (key in finding.scope.priors):
+            continue
+        entry: dict[str, Json] = {"match": _check(role.match.condition.check(subject))}
+        if role.fallback is not None and name in finding.by_fallback:
+            entry["fallback"] = _check(role.fallback.condition.check(subject))
+        if key in finding.roles[name]:
+            entry["prefer"] = _preferences(role, finding, key)
+        told[name] = entry
+    return told
+
+
+def _preferences(role: Role, finding: ScopeFinding, key: Key) -> list[Json]:
+    subject = finding.scope.subjects[key]
+    checks = [(each.condition.check(subject), each.score) for each in role.prefer]
+    return [{"check": _check(check), "score": score if check.passed else 0} for check, score in checks]
+
+
+def _between(rule: Rule, finding: ScopeFinding, series: frozenset[str] | None) -> Iterator[Json]:
+    subjects, told = finding.scope.subjects, 0
+    for fixed in finding.roles["fixed"]:
+        for moving in finding.roles["moving"]:
+            if fixed == moving or (series is not None and series.isdisjoint((fixed[0], moving[0]))):
+                continue
+            if (told := told + 1) > MAX_PARTNERS:
+                return
+            seen = partners.findings(rule, subjects[fixed], subjects[moving])
+            conditions = [{"condition": each.text, "passed": each.passed} for each in seen]
+            soft = partners.likeness(rule, subjects[fixed], subjects[moving])
+            yield {"fixed": label(fixed), "moving": label(moving), "conditions": conditions, "same_soft": soft}
+
+
+def _check(check: Check) -> Json:
+    told: dict[str, Json] = {"condition": str(check.condition), "passed": check.passed}
+    if check.observation is not None:
+        told["seen"] = check.seen
+    if check.parts:
+        told["parts"] = [_check(part) for part in check.parts]
+    return told
+
+
+def _check_lines(check: Mapping[str, Json] | None, indent: str, prefix: str = "") -> Iterator[str]:
+    if check is None:
+        return
+    if "parts" not in check:
+        seen = f", got {check['seen']}" if "seen" in check else ""
+        yield f"{indent}{_mark(check['passed'])} {prefix}{check['condition']}{seen}"
+        return
+    yield f"{indent}{_mark(check['passed'])} {prefix}{check['condition']}"
+    for part in check["parts"]:
+        yield from _check_lines(part, indent + "  ")
+
+
+def _mark(passed: bool) -> str:
+    return "yes" if passed else "no "
