@@ -4,7 +4,8 @@
       → stored          archive       fsync → rename → fsync folder
       → indexed         index         commit; only now the answer 0x0000
     series complete     completion    pure: open associations, quiet period
-      → volume          volumes       pure: one series → one regular volume, or the measured reason why not
+      → volumes         volumes       pure: one series → its regular volumes, or the measured reason why there are none;
+                        phases        pure: what tells the volumes of one series apart, and their order
       → pairs           pairing       pure: rules + complete volumes → pairs, and for the rest the reason
       → job             workflow      pair and durable job in one transaction
     job claimed         workflow      in the worker process

@@ -12,7 +12,7 @@ from dicomnode import completion, pairing, volumes
 from dicomnode.archive import Archive
 from dicomnode.errors import LocalError, StudyError, stack
 from dicomnode.index import Enqueue, Index
-from dicomnode.model import Member, SeriesActivity, SeriesState, VolumeRef
+from dicomnode.model import SeriesActivity, SeriesState, VolumeRef
 from dicomnode.rules import RuleSet
 
 log = logging.getLogger(__name__)
@@ -87,9 +87,8 @@ class Scheduler:
             self._index.complete_series(activity, state=SeriesState.REFUSED, reason=reason)
         else:
             log.info("series %s complete: %d instances", uid, activity.instances)
-            members = [Member(str(each.SOPInstanceUID)) for each in datasets]
             self._index.complete_series(
-                activity, state=SeriesState.UNPAIRED, reason="not looked at yet", volumes=[(described, members)]
+                activity, state=SeriesState.UNPAIRED, reason="not looked at yet", volumes=described.volumes
             )
 
     def _pair_or_say_why(self, patient: Patient, now: datetime) -> None:

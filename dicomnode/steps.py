@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from pydicom import Dataset
 
 import registration_engine
 from dicomnode import objects, rules, volumes
@@ -86,14 +86,15 @@ class Steps:
             ("moving", job.moving_series_instance_uid, job.moving_volume_number),
         ):
             members = self._index.members_of(uid, number)
-            volumes.geometry(volumes.read_headers([self._archive.path(instance) for instance, _ in members]))
+            paths, frames = [self._archive.path(instance) for instance, _ in members], [each for _, each in members]
+            volumes.geometry(volumes.read_headers(paths, frames))
             inputs[role] = [asdict(instance) | {"frames": frames} for instance, frames in members]
         with self._new_file(job_id, "inputs.json") as file:
             file.write(json.dumps(inputs).encode())
 
     def registration(self, job_id: str) -> None:
         """Register, and sample the result on the very grid that will be delivered."""
-        fixed, moving = (volumes.load(volumes.read(self._paths(job_id, role))) for role in ("fixed", "moving"))
+        fixed, moving = (volumes.load(self._datasets(job_id, role)) for role in ("fixed", "moving"))
         try:
             registration = registration_engine.register(
                 fixed,
@@ -125,7 +126,7 @@ class Steps:
             return
         job, rule, result = self._index.job(job_id), self._rule(job_id), self._read(job_id)
         fixed, moving = (
-            objects.SourceSeries.of(volumes.read(self._paths(job_id, role)), self._digests(job_id, role))
+            objects.SourceSeries.of(self._datasets(job_id, role), self._digests(job_id, role))
             for role in ("fixed", "moving")
         )
         report = result.registration.report
@@ -162,15 +163,18 @@ class Steps:
         text = self._index.rule_set_text(job.rule_version)
         return rules.parse(text, f"rule set {job.rule_version}").rule(job.rule_id)
 
-    def _instances(self, job_id: str, role: str) -> list[Instance]:
+    def _inputs(self, job_id: str, role: str) -> list[tuple[Instance, tuple[int, ...]]]:
+        """The instances of one role, each with its frames."""
         inputs = json.loads((self._jobs / job_id / "inputs.json").read_text())
-        return [Instance(**{name: each[name] for name in STORED}) for each in inputs[role]]
+        return [(Instance(**{name: each[name] for name in STORED}), tuple(each["frames"])) for each in inputs[role]]
 
-    def _paths(self, job_id: str, role: str) -> list[Path]:
-        return [self._archive.path(each) for each in self._instances(job_id, role)]
+    def _datasets(self, job_id: str, role: str) -> list[Dataset]:
+        """The slices of one role's volume, whole."""
+        inputs = self._inputs(job_id, role)
+        return volumes.read([self._archive.path(each) for each, _ in inputs], [frames for _, frames in inputs])
 
     def _digests(self, job_id: str, role: str) -> dict[str, str]:
-        return {each.sop_instance_uid: each.sha256 for each in self._instances(job_id, role)}
+        return {each.sop_instance_uid: each.sha256 for each, _ in self._inputs(job_id, role)}
 
     def _progress(self, job_id: str) -> Callable[[str, float], None]:
         """Note the engine's progress in the index, now and then."""

@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "reasons": {"derived", "findings", "partners", "rules", "scopes"},
     "trace": {"conditions", "findings", "partners", "reasons", "rules", "scopes"},
     "pairing": {"completion", "derived", "findings", "model", "partners", "reasons", "rules", "scopes"},
-    "volumes": {"errors", "model", "registration_engine"},
+    "phases": {"errors", "model"},
+    "volumes": {"errors", "model", "phases", "registration_engine"},
     "verdict": {"model", "registration_engine"},
     "objects": {"errors", "volumes", "registration_engine"},
     "archive": {"errors", "model"},
@@ -59,6 +60,7 @@ OWNERS = {
     "highdicom": {"dicomnode.volumes", "dicomnode.objects"},
     "re2": {"dicomnode.conditions", "dicomnode.rules"},
     "torch": {"registration_engine"},
+    "gdcm": {"dicomnode.volumes"},
     "PIL": {"dicomnode.demo"},
 }
 """Heavy packages and the only rooms that may import them. The workflow shares the index's connections."""

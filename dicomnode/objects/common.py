@@ -9,7 +9,7 @@ import copy
 import json
 import re
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from functools import cached_property
@@ -22,7 +22,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 from pydicom.valuerep import DSfloat
 
 from dicomnode.errors import StudyError
-from dicomnode.volumes import SOFTWARE_NAME, geometry
+from dicomnode.volumes import SOFTWARE_NAME, frame_number, geometry
 from registration_engine import Grid
 
 _NAMESPACE = uuid.UUID("5a9f3f2e-6d0b-5f0c-9f5e-3f0e1f6b8c21")  # ours; changing it changes every UID
@@ -113,8 +113,14 @@ class SourceSeries:
         return str(self.first.get("FrameOfReferenceUID") or made)
 
     def references(self) -> list[Dataset]:
-        """Referenced SOP Class and Instance UID of every instance."""
-        return [reference(dataset) for dataset in self.datasets]
+        """Referenced SOP Class and Instance UID of every instance, each once."""
+        return [reference(dataset) for dataset in {str(d.SOPInstanceUID): d for d in self.datasets}.values()]
+
+    def content(self) -> Iterator[tuple[str | int, ...]]:
+        """What each slice holds: SOP Instance UID, digest, and of a frame its number."""
+        for dataset in self.datasets:
+            uid, frame = str(dataset.SOPInstanceUID), frame_number(dataset)
+            yield (uid, self.digests[uid], frame) if frame else (uid, self.digests[uid])
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,10 +174,7 @@ class Subject:
     def _inputs(self) -> str:
         """Everything that decides what the objects hold, but for the time they are made at."""
         made_by = self.provenance
-        series = [
-            sorted((uid, each.digests[uid]) for uid in (str(d.SOPInstanceUID) for d in each.datasets))
-            for each in (self.fixed, self.moving)
-        ]
+        series = [sorted(each.content()) for each in (self.fixed, self.moving)]
         how = [made_by.rule_id, made_by.rule_version, made_by.preset, dict(made_by.parameters)]
         software = [made_by.software_version, made_by.model_sha256, made_by.device_class]
         return json.dumps([*series, *how, *software], sort_keys=True)

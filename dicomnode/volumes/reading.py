@@ -1,0 +1,146 @@
+"""Stored bytes → datasets, one per frame; what cannot be decoded is refused by name, and before it can grow."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from pydicom import Dataset, dcmread
+from pydicom.config import disable_value_validation
+from pydicom.filereader import read_file_meta_info
+from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+from dicomnode.errors import InconsistentGeometryError, LocalError, UnsupportedImageError
+from dicomnode.model import InstanceHeader
+from dicomnode.volumes.frames import frames_of
+
+SOFTWARE_NAME = "dicomnode"
+"""What our objects name as Manufacturer's Model Name in the Contributing Equipment Sequence; the loop guard."""
+
+MAX_INFLATED_BYTES = 2**30
+"""Most that a deflated data set may inflate to."""
+
+
+def read_headers(paths: Iterable[Path], frames: Iterable[Sequence[int]] = ()) -> list[Dataset]:
+    """Read everything before the pixels, in the order given; a multi-frame instance gives one dataset per frame.
+
+    Parameters
+    ----------
+    frames
+        For each path the 1-based frames wanted; empty, or left out: all.
+
+    Raises
+    ------
+    LocalError
+        A file cannot be read.
+    UnsupportedImageError
+        A file is not DICOM, an element cannot be decoded, or a wanted frame is not there.
+    """
+    return _read_all(paths, frames, stop_before_pixels=True)
+
+
+def read(paths: Iterable[Path], frames: Iterable[Sequence[int]] = ()) -> list[Dataset]:
+    """Read whole instances, pixels undecoded. Parameters, result and errors as `read_headers`."""
+    return _read_all(paths, frames, stop_before_pixels=False)
+
+
+def instance_header(dataset: Dataset) -> InstanceHeader:
+    """What the index must know of an instance; text as received, empty where absent."""
+    with disable_value_validation():
+        return InstanceHeader(
+            patient_id=text(dataset, "PatientID"),
+            issuer_of_patient_id=text(dataset, "IssuerOfPatientID"),
+            patient_birth_date=text(dataset, "PatientBirthDate"),
+            patient_sex=text(dataset, "PatientSex"),
+            study_instance_uid=text(dataset, "StudyInstanceUID"),
+            series_instance_uid=text(dataset, "SeriesInstanceUID"),
+            modality=text(dataset, "Modality"),
+            is_own_output=_is_own_output(dataset),
+        )
+
+
+def text(dataset: Dataset, keyword: str) -> str:
+    """An element as text, empty where absent or without a value."""
+    value = dataset.get(keyword)
+    return "" if value is None else str(value)
+
+
+def numbers(dataset: Dataset, keyword: str, count: int) -> npt.NDArray[np.float64]:
+    """(count,) finite numbers of an element, InconsistentGeometryError where it has not."""
+    try:
+        found = np.atleast_1d(np.asarray(dataset.get(keyword), dtype=np.float64))
+    except (TypeError, ValueError):
+        found = np.empty(0)
+    if found.shape != (count,) or not np.isfinite(found).all() or np.abs(found).max() > 1e6:
+        raise InconsistentGeometryError(
+            f"{name([dataset])}: {keyword} is {text(dataset, keyword)[:80] or 'absent'}, "
+            f"expected {count} finite number{'s' if count > 1 else ''}"
+        )
+    return found
+
+
+def name(datasets: Sequence[Dataset]) -> str:
+    """What a message calls one instance, or the series of several."""
+    if len(datasets) == 1:
+        return f"Instance {text(datasets[0], 'SOPInstanceUID')}"
+    return f"Series {text(datasets[0], 'SeriesInstanceUID')}"
+
+
+def _read_all(paths: Iterable[Path], frames: Iterable[Sequence[int]], *, stop_before_pixels: bool) -> list[Dataset]:
+    found, wanted = [], iter(frames)
+    for path in paths:
+        instance = frames_of(_read(path, stop_before_pixels=stop_before_pixels))
+        numbers = next(wanted, ()) or range(1, len(instance) + 1)
+        if max(numbers, default=1) > len(instance):
+            raise UnsupportedImageError(f"{path.name}: has {len(instance)} frames, expected frame {max(numbers)}")
+        found += [instance[n - 1] for n in numbers]
+    return found
+
+
+def _read(path: Path, *, stop_before_pixels: bool) -> Dataset:
+    with disable_value_validation():
+        try:
+            _check_inflated_size(path)
+            dataset = dcmread(path, stop_before_pixels=stop_before_pixels, force=True)
+            for _ in dataset:  # Decodes every element here, where an undecodable one can be named.
+                pass
+        except OSError as error:
+            raise LocalError(f"{path.name}: cannot be read: {error}") from error
+        except UnsupportedImageError:
+            raise
+        except Exception as error:  # pydicom raises many kinds for broken bytes; all mean the same to us
+            raise UnsupportedImageError(f"{path.name}: not decodable as DICOM: {error}") from error
+    if "SOPInstanceUID" not in dataset:
+        raise UnsupportedImageError(f"{path.name}: has no SOP Instance UID, expected a DICOM instance")
+    return dataset
+
+
+def _check_inflated_size(path: Path) -> None:
+    """Refuse a deflated data set that grows out of bounds, before it is held in memory as a whole."""
+    with path.open("rb") as file:
+        if file.read(132)[128:] != b"DICM":
+            return
+    meta = read_file_meta_info(path)
+    if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+        return
+    inflate, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    with path.open("rb") as file:
+        file.seek(144 + int(meta.FileMetaInformationGroupLength))  # PS3.10 7.1: preamble, prefix, group length
+        pending = file.read(2**20)
+        while pending and not inflate.eof:
+            size += len(inflate.decompress(pending, 2**20))
+            if size > MAX_INFLATED_BYTES:
+                raise UnsupportedImageError(
+                    f"{path.name}: a deflated data set of more than {MAX_INFLATED_BYTES} bytes, expected at most that"
+                )
+            pending = inflate.unconsumed_tail or file.read(2**20)
+
+
+def _is_own_output(dataset: Dataset) -> bool:
+    equipment = dataset.get("ContributingEquipmentSequence") or []
+    return text(dataset, "Modality") == "REG" or any(
+        isinstance(item, Dataset) and text(item, "ManufacturerModelName") == SOFTWARE_NAME for item in equipment
+    )
