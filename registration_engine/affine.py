@@ -27,6 +27,7 @@ from registration_engine.spaces import (
     sampling_from_world,
     world_from_sampling,
 )
+from registration_engine.volume import DisplacementField
 
 _SCAN_VOXELS, _COARSE_VOXELS, _FINE_VOXELS = 6_000, 20_000, 150_000
 _ROTATIONS = 600  # any rotation is within about 20 degrees of one of them
@@ -50,8 +51,20 @@ class LinearStart:
     world_overlaps: bool
 
 
-def align(fixed: Prepared, moving: Prepared, *, with_affine: bool, progress: Callable[[float], None]) -> LinearStart:
+def align(
+    fixed: Prepared,
+    moving: Prepared,
+    *,
+    with_affine: bool,
+    near: Matrix | None,
+    progress: Callable[[float], None],
+) -> LinearStart:
     """Find the linear map that makes the moving image most like the fixed one.
+
+    Parameters
+    ----------
+    near
+        (4, 4), moving from fixed, LPS mm: one more start; where it is the best one, no rotations are tried.
 
     Raises
     ------
@@ -66,14 +79,17 @@ def align(fixed: Prepared, moving: Prepared, *, with_affine: bool, progress: Cal
     identity = np.eye(4)
     centered = _translation(fine.moving_center - fine.fixed_center)
     upright = [identity, centered, _translation(_middle(moving) - _middle(fixed))]
-    turned = [centered @ _about(fine.fixed_center, r) for r in _rotations(_ROTATIONS)]
-    ranked = sorted(turned, key=scan.score, reverse=True)[:_REFINED]
-    progress(0.3)
-
-    best_upright = max((coarse.climb(start, affine=False) for start in upright), key=coarse.score)
-    best_turned = max((coarse.climb(start, affine=False) for start in ranked), key=coarse.score)
-    turn_is_better = coarse.score(best_turned) > _ROTATION_GAIN * coarse.score(best_upright)
-    start = best_turned if turn_is_better else best_upright
+    start = max((coarse.climb(first, affine=False) for first in upright), key=coarse.score)
+    told = None if near is None else coarse.climb(near, affine=False)
+    progress(0.2)
+    if told is not None and coarse.score(told) >= coarse.score(start):
+        start = told
+    else:
+        turned = [centered @ _about(fine.fixed_center, r) for r in _rotations(_ROTATIONS)]
+        ranked = sorted(turned, key=scan.score, reverse=True)[:_REFINED]
+        best_turned = max((coarse.climb(first, affine=False) for first in ranked), key=coarse.score)
+        if coarse.score(best_turned) > _ROTATION_GAIN * coarse.score(start):
+            start = best_turned
     if coarse.overlap(start) < _NO_OVERLAP:
         raise NoOverlapError(
             f"Fixed and moving share {coarse.overlap(start):.1%} of the smaller body after every start, "
@@ -90,6 +106,28 @@ def align(fixed: Prepared, moving: Prepared, *, with_affine: bool, progress: Cal
             affine = candidate
     progress(1.0)
     return LinearStart(rigid, affine, centered, coarse.overlap(identity) >= _NO_OVERLAP)
+
+
+def rigid_part(total: DisplacementField) -> Matrix:
+    """(4, 4), the rigid map nearest to a total displacement in the least squares sense.
+
+    References
+    ----------
+    Kabsch, A solution for the best rotation to relate two sets of vectors, Acta Cryst. A32, 1976.
+    """
+    thin = tuple(slice(None, None, max(1, n // 24)) for n in total.grid.shape)
+    index = np.stack(
+        np.meshgrid(*[np.arange(n)[t] for n, t in zip(total.grid.shape, thin, strict=True)], indexing="ij"), -1
+    )
+    points = total.grid.points_mm(index.reshape(-1, 3).astype(np.float64))
+    moved = points + total.vectors[thin].reshape(-1, 3)
+    center, moved_center = points.mean(0), moved.mean(0)
+    u, _, vt = np.linalg.svd((moved - moved_center).T @ (points - center))
+    rotation = u @ np.diag([1.0, 1.0, np.linalg.det(u @ vt)]) @ vt
+    matrix = np.eye(4)
+    matrix[:3, :3] = rotation
+    matrix[:3, 3] = moved_center - rotation @ center
+    return matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +153,7 @@ class _Stage:
             small,
             small_moving,
             Lattice.of(small.grid, body.image.device).identity,
-            torch.cat([small_moving.image, small_moving.valid]),
+            small_moving.layers(),
             small.center_mm(),
             small_moving.center_mm(),
             max(min(float(small.foreground.sum()), in_fixed_voxels), 1.0),

@@ -22,12 +22,13 @@ from registration_engine.spaces import (
     Lattice,
     Matrix,
     linear_coordinates,
+    sample,
     sample_where_valid,
     sampling_from_world,
     world_from_lattice,
     world_from_sampling,
 )
-from registration_engine.volume import Grid, Registration, Report, Volume
+from registration_engine.volume import DisplacementField, Grid, Registration, Report, Volume
 
 Progress = Callable[[str, float], None]
 _JUDGED_VOXELS = 1_500_000  # similarity is measured on a thinned fixed grid of this size
@@ -42,6 +43,7 @@ def register(
     seed: int = 0,
     fixed_mask: Volume | None = None,
     moving_mask: Volume | None = None,
+    start: DisplacementField | None = None,
     progress: Progress | None = None,
 ) -> Registration:
     """Find where each point of the fixed image lies in the moving image.
@@ -59,6 +61,10 @@ def register(
         Recorded in the report. This form of the engine draws no random numbers.
     fixed_mask, moving_mask
         On their image's grid; only voxels above 0 count.
+    start
+        Total displacement, linear part included, on any grid in fixed space: the result of a neighbouring phase, or a
+        network's prediction. Its rigid part is one more start of the linear stage; the whole becomes the start of the
+        field only where it is more similar than none.
     progress
         Called with a stage ("prepare", "linear", "field", "judge") and the share of it that is done, 0…1. An
         exception it raises ends the registration.
@@ -81,7 +87,7 @@ def register(
     try:
         with torch.no_grad():
             return _register(
-                fixed, moving, chosen, torch_device, seed, fixed_mask, moving_mask, progress or (lambda *_: None)
+                fixed, moving, chosen, torch_device, seed, fixed_mask, moving_mask, start, progress or (lambda *_: None)
             )
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfDeviceMemoryError(
@@ -98,6 +104,7 @@ def _register(
     seed: int,
     fixed_mask: Volume | None,
     moving_mask: Volume | None,
+    given: DisplacementField | None,
     progress: Progress,
 ) -> Registration:
     seconds: dict[str, float] = {}
@@ -111,7 +118,11 @@ def _register(
     with _timed("linear", seconds, progress):
         with _one_thread():
             start = affine.align(
-                fixed, moving, with_affine=bool(preset.iterations), progress=lambda part: progress("linear", part)
+                fixed,
+                moving,
+                with_affine=bool(preset.iterations),
+                near=None if given is None else affine.rigid_part(given),
+                progress=lambda part: progress("linear", part),
             )
         judge = _Judge(fixed, moving)
         before = judge.similarity(np.eye(4) if start.world_overlaps else start.centered)
@@ -132,6 +143,7 @@ def _register(
                 moving,
                 linear,
                 preset,
+                starts=[] if given is None else [_lattice_displacement(given, fixed, linear)],
                 judge=lambda part, grid: judge.similarity(linear, on_fixed(part, grid)),
                 progress=lambda part: progress("field", part),
             )
@@ -171,7 +183,7 @@ class _Judge:
         voxels = float(np.prod(fixed.grid.shape))
         step = max(1, int(np.ceil((voxels / _JUDGED_VOXELS) ** (1 / 3))))
         self._thin = (slice(None), *(slice(None, None, min(step, max(1, n // 8))) for n in fixed.grid.shape))
-        self._moving = torch.cat([moving.image, moving.valid])
+        self._moving = moving.layers()
         self._fixed, self._valid = fixed.image[self._thin][0], fixed.valid[self._thin][0]
         self._identity = Lattice.of(fixed.grid, fixed.image.device).identity[self._thin]
         self._world_from_fixed = world_from_sampling(fixed.grid)
@@ -242,6 +254,19 @@ def _world_displacement(field: Tensor, grid: Grid, moving_from_fixed: Matrix) ->
     world = torch.tensor(moving_from_fixed[:3, :3] @ world_from_lattice(grid), dtype=torch.float32)
     moved = torch.tensordot(world.to(field.device), field, dims=1)
     return np.ascontiguousarray(moved.movedim(0, -1).cpu().numpy(), dtype=np.float32)
+
+
+def _lattice_displacement(total: DisplacementField, fixed: Prepared, moving_from_fixed: Matrix) -> tuple[Tensor, Grid]:
+    """What a total displacement adds before moving_from_fixed, (3, Z, Y, X) lattice mm, and its grid along fixed's."""
+    grid = fixed.reduced(float(total.grid.spacing_mm.min())).grid
+    device = fixed.image.device
+    identity, from_sampling = Lattice.of(grid, device).identity, world_from_sampling(grid)
+    vectors = torch.tensor(total.vectors, device=device).movedim(-1, 0)
+    there = linear_coordinates(identity, torch.from_numpy(sampling_from_world(total.grid) @ from_sampling))
+    points = linear_coordinates(identity, torch.from_numpy(from_sampling))
+    back = linear_coordinates(points + sample(vectors, there), torch.from_numpy(np.linalg.inv(moving_from_fixed)))
+    to_lattice = torch.tensor(world_from_lattice(grid).T.copy(), dtype=torch.float32, device=device)
+    return torch.tensordot(to_lattice, back - points, dims=1), grid
 
 
 def _peak_memory(device: torch.device) -> int:

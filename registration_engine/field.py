@@ -16,6 +16,8 @@ from torch.nn.functional import hardshrink
 from registration_engine.spaces import Lattice, sample
 from registration_engine.volume import Grid
 
+_BLOCK = 32
+_SLAB = 16  # slices worked on at a time, so that what lies between stays in the cache
 NEGLIGIBLE_MM = 1e-9  # smaller components become zero: repeated smoothing would make denormal numbers, 20 times slower
 
 
@@ -60,17 +62,27 @@ def smallest_determinant(field: Tensor, spacing_mm: tuple[float, float, float]) 
     One-sided differences towards every corner: where all are positive, the trilinear map folds nowhere between the
     voxels either, which central differences can miss.
     """
+    slices = field.shape[1]
+    lowest = torch.empty(field.shape[1:], device=field.device)
+    for first in range(0, slices, _SLAB):
+        last = min(first + _SLAB, slices)
+        low, high = max(first - 1, 0), min(last + 1, slices)
+        lowest[first:last] = _smallest_determinant(field[:, low:high], spacing_mm)[first - low : last - low]
+    return lowest
+
+
+def _smallest_determinant(field: Tensor, spacing_mm: tuple[float, float, float]) -> Tensor:
     lowest = torch.full(field.shape[1:], torch.inf, device=field.device)
     steps = []
     for axis in range(3):
         forward = field.diff(dim=axis + 1) / spacing_mm[2 - axis]
+        forward[2 - axis] += 1
         first, last = forward.narrow(axis + 1, 0, 1), forward.narrow(axis + 1, forward.shape[axis + 1] - 1, 1)
-        ahead, behind = torch.cat([forward, last], axis + 1), torch.cat([first, forward], axis + 1)
-        for side in (ahead, behind):
-            side[2 - axis] += 1
-        steps.append((ahead, behind))
-    for along_k, along_j, along_i in product(*steps):
-        torch.minimum(lowest, (along_i * torch.linalg.cross(along_j, along_k, dim=0)).sum(0), out=lowest)
+        steps.append((torch.cat([forward, last], axis + 1), torch.cat([first, forward], axis + 1)))
+    for k, j in product(*steps[:2]):
+        normal = (j[1] * k[2] - j[2] * k[1], j[2] * k[0] - j[0] * k[2], j[0] * k[1] - j[1] * k[0])
+        for i in steps[2]:
+            torch.minimum(lowest, i[0] * normal[0] + i[1] * normal[1] + i[2] * normal[2], out=lowest)
     return lowest
 
 
@@ -108,9 +120,26 @@ def resize(image: Tensor, source: Grid, target: Grid, *, sigma_mm: float = 0.0) 
 def separable(image: Tensor, along_z: Tensor, along_y: Tensor, along_x: Tensor) -> Tensor:
     """Apply one (n_out, n_in) matrix along each axis of (C, Z, Y, X)."""
     channels, slices = image.shape[:2]
-    out = torch.matmul(along_y, torch.matmul(image, along_x.T))
-    rows, columns = out.shape[2:]
-    return torch.matmul(along_z, out.reshape(channels, slices, -1)).reshape(channels, -1, rows, columns)
+    out = torch.cat([torch.matmul(image[..., used], rows.T) for rows, used in _bands(along_x)], dim=-1)
+    out = torch.cat([torch.matmul(rows, out[..., used, :]) for rows, used in _bands(along_y)], dim=-2)
+    rows_out, columns_out = out.shape[2:]
+    out = out.reshape(channels, slices, -1)
+    out = torch.cat([torch.matmul(rows, out[:, used]) for rows, used in _bands(along_z)], dim=1)
+    return out.reshape(channels, -1, rows_out, columns_out)
+
+
+def _bands(matrix: Tensor) -> list[tuple[Tensor, slice]]:
+    """The matrix by blocks of rows, each without the empty columns beside its band."""
+    size = len(matrix)
+    if size < 2 * _BLOCK or matrix.device.type != "cpu":
+        return [(matrix, slice(None))]
+    blocks = []
+    for first in range(0, size, _BLOCK):
+        rows = matrix[first : first + _BLOCK]
+        columns = np.flatnonzero(rows.numpy().any(0))
+        used = slice(int(columns[0]), int(columns[-1]) + 1)
+        blocks.append((rows[:, used], used))
+    return blocks
 
 
 def gaussian_matrix(size: int, sigma: float, device: torch.device) -> Tensor:

@@ -39,7 +39,7 @@ class Level:
         return Level(
             fixed,
             lattice,
-            torch.cat([moving.image, moving.valid]),
+            moving.layers(),
             linear_coordinates(lattice.identity, torch.from_numpy(to_moving @ world_from_sampling(fixed.grid))),
             torch.tensor(per_mm, dtype=torch.float32, device=device),
         )

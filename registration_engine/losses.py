@@ -6,14 +6,17 @@ autograd graph. Each function returns (value, gradient); the gradient is that of
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from registration_engine.field import box_matrix, separable
 
 _COUNT_SCALE = 2**20  # histogram counts are integers: their sum does not depend on the order of a device's atomics
+_SLAB = 24  # slices worked on at a time, so that what lies between stays in the cache
 _TINY = 1e-12
 _FLAT = 1e-5  # windows flatter than a third of a percent of the range count little
 
@@ -69,15 +72,54 @@ def local_correlation(fixed: Tensor, warped: Tensor, weight: Tensor, *, width: i
     ----------
     Avants et al., Symmetric diffeomorphic image registration with cross-correlation, MedIA 2008.
     """
-    w = _windows(fixed, warped, weight, width)
-    used = weight * w.enough / weight.sum().clamp(min=1)
-    ratio = w.covariance / (w.variance_fixed * w.variance_warped)
-    value = float((used * ratio * w.covariance).sum(dtype=torch.float64))
-    on_fixed = 2 * used * ratio
-    on_warped = on_fixed * w.covariance / w.variance_warped
-    constant = on_warped * w.mean_warped - on_fixed * w.mean_fixed
-    adjoint = separable(torch.stack([on_fixed, on_warped, constant]), *w.boxes)
-    return value, weight * ((fixed - 0.5) * adjoint[0] - (warped - 0.5) * adjoint[1] + adjoint[2])
+    share = weight / weight.sum().clamp(min=1)
+    gradient = torch.empty_like(warped)
+    value = 0.0
+    slices, reach = len(fixed), width // 2
+    slab = _SLAB if fixed.device.type == "cpu" else slices
+    for first in range(0, slices, slab):
+        last = min(first + slab, slices)
+        # The gradient of a slice takes in the windows around `reach` slices beyond, and these as many again.
+        low, high = max(first - 2 * reach, 0), min(last + 2 * reach, slices)
+        near = slice(max(first - reach, 0) - low, min(last + reach, slices) - low)
+        own = slice(first - low, last - low)
+        w = _windows(fixed[low:high], warped[low:high], weight[low:high], width)
+        used = w.enough * share[low:high]
+        ratio = w.covariance / (w.variance_fixed * w.variance_warped)
+        value += float((used[own] * ratio[own] * w.covariance[own]).sum(dtype=torch.float64))
+        on_fixed = used.mul_(ratio).mul_(2)
+        on_warped = w.covariance.div_(w.variance_warped).mul_(on_fixed)
+        constant = w.mean_warped.mul_(on_warped).sub_(w.mean_fixed.mul_(on_fixed))
+        boxes = [matrix[:, near] if axis == 0 else matrix for axis, matrix in enumerate(w.boxes)]
+        parts = torch.stack([on_fixed[near], on_warped[near], constant[near]])
+        adjoint = separable(parts, boxes[0][own], *boxes[1:])
+        slope = (fixed[first:last] - 0.5).mul_(adjoint[0]) - (warped[first:last] - 0.5).mul_(adjoint[1])
+        gradient[first:last] = slope.add_(adjoint[2]).mul_(weight[first:last])
+    return value, gradient
+
+
+def self_similarity(image: Tensor) -> Tensor:
+    """MIND-SSC, (12, Z, Y, X) in 0…1: how alike neighbours of each voxel are, whatever the contrast.
+
+    References
+    ----------
+    Heinrich et al., Towards realtime multimodal fusion for image-guided interventions using self-similarities,
+    MICCAI 2013.
+    """
+    padded = pad(image[None, None], (2,) * 6, mode="replicate")[0, 0]
+    z, y, x = (n + 2 for n in image.shape)
+    neighbours = [
+        (axis, padded[tuple(slice(1 + d * (a == axis), 1 + d * (a == axis) + n) for a, n in enumerate((z, y, x)))])
+        for axis in range(3)
+        for d in (-1, 1)
+    ]
+    pairs = [(a, b) for (m, a), (n, b) in combinations(neighbours, 2) if m != n]
+    inner = [box_matrix(n + 2, 3, image.device)[1:-1] / 3 for n in image.shape]
+    distance = separable(torch.stack([(a - b).square() for a, b in pairs]), *inner)
+    distance -= distance.amin(0)
+    spread = distance.mean(0)
+    spread = spread.clamp(float(spread.mean()) * 1e-3 + 1e-12, float(spread.mean()) * 1e3 + 1e-12)
+    return torch.exp(-distance / spread)
 
 
 def local_correlation_map(fixed: Tensor, warped: Tensor, weight: Tensor, *, width: int) -> Tensor:
@@ -100,18 +142,20 @@ class _Windows(NamedTuple):
 
 def _windows(fixed: Tensor, warped: Tensor, weight: Tensor, width: int) -> _Windows:
     boxes = [box_matrix(n, width, fixed.device) for n in fixed.shape]
-    f, w = (fixed - 0.5) * weight, (warped - 0.5) * weight
+    f, w = (fixed - 0.5).mul_(weight), (warped - 0.5).mul_(weight)
     count, sum_f, sum_w, sum_ff, sum_ww, sum_fw = separable(torch.stack([weight, f, w, f * f, w * w, f * w]), *boxes)
-    mean_f, mean_w = sum_f / count.clamp(min=1), sum_w / count.clamp(min=1)
-    noise = _FLAT * count.clamp(min=1)
+    enough = count > width**3 / 4
+    count.clamp_(min=1)
+    mean_f, mean_w = sum_f / count, sum_w / count
+    noise = count.mul_(_FLAT)
     return _Windows(
         boxes,
-        count > width**3 / 4,
+        enough,
         mean_f,
         mean_w,
-        (sum_ff - mean_f * sum_f).clamp_(min=0) + noise,
-        (sum_ww - mean_w * sum_w).clamp_(min=0) + noise,
-        sum_fw - mean_f * sum_w,
+        sum_ff.addcmul_(mean_f, sum_f, value=-1).clamp_(min=0).add_(noise),
+        sum_ww.addcmul_(mean_w, sum_w, value=-1).clamp_(min=0).add_(noise),
+        sum_fw.addcmul_(mean_f, sum_w, value=-1),
     )
 
 

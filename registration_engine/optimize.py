@@ -12,7 +12,7 @@ Jena et al., FireANTs: Adaptive Riemannian optimization for multi-scale diffeomo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ def refine(
     moving: Prepared,
     moving_from_fixed: Matrix,
     preset: Preset,
+    starts: Sequence[tuple[Tensor, Grid]],
     judge: Callable[[Tensor, Grid], float],
     progress: Callable[[float], None],
 ) -> tuple[Tensor, Grid]:
@@ -47,7 +48,8 @@ def refine(
 
     The moving image is sampled at moving_from_fixed @ (x + displacement(x)). `progress` is called with the share
     done, 0…1; an exception it raises ends the optimisation. `judge` scores a displacement, larger = better; it chooses
-    between the preset's manners.
+    between the preset's manners. `starts` are displacements (3, Z, Y, X), lattice mm, on grids along the axes of the
+    fixed one: the most similar is the start, zero where none beats it.
 
     Returns
     -------
@@ -60,7 +62,7 @@ def refine(
     levels = [
         (n, finest * 2.0**up) for up, n in zip(range(len(preset.iterations))[::-1], preset.iterations, strict=True)
     ]
-    displacement, grid = _searched(body, moving, moving_from_fixed, preset)
+    displacement, grid = _searched(body, moving, moving_from_fixed, preset, starts)
     if displacement.any():
         # Coarser levels would smooth away what the search has found.
         levels = [level for level in levels if level[1] < preset.search_mm / 2] or levels[-1:]
@@ -104,9 +106,23 @@ def _through_levels(
     return displacement, grid
 
 
-def _searched(body: Prepared, moving: Prepared, moving_from_fixed: Matrix, preset: Preset) -> tuple[Tensor, Grid]:
-    """The start of the field: a wide search, then a narrow one around it; each only where it raises the similarity."""
-    displacement, grid = torch.zeros(3, *body.image.shape[1:], device=body.image.device), body.grid
+def _searched(
+    body: Prepared,
+    moving: Prepared,
+    moving_from_fixed: Matrix,
+    preset: Preset,
+    starts: Sequence[tuple[Tensor, Grid]],
+) -> tuple[Tensor, Grid]:
+    """The start of the field: a given one, a wide search, then a narrow one; each only where it is more similar."""
+    spacing = max(preset.search_mm / 2, float(body.grid.spacing_mm.min()))
+    level = Level.of(body.reduced(spacing), moving.reduced(spacing), moving_from_fixed)
+    grid = level.fixed.grid
+    none = torch.zeros(3, *grid.shape, device=body.image.device)
+    given = [
+        unfolded(fields.resize(*start, grid), level.lattice, smallest_determinant=preset.smallest_determinant)
+        for start in starts
+    ]
+    displacement = max((none, *given), key=lambda start: _force(level, start, preset, SUPPLE)[0])
     for part, steps, pooled, window in ((1.0, 4, 1, 3), (0.5, 3, 2, 5)):
         spacing = max(part * preset.search_mm, float(body.grid.spacing_mm.min()))
         level = Level.of(body.reduced(spacing), moving.reduced(spacing), moving_from_fixed)
@@ -121,14 +137,16 @@ def _searched(body: Prepared, moving: Prepared, moving_from_fixed: Matrix, prese
 def unfolded(displacement: Tensor, lattice: Lattice, *, smallest_determinant: float) -> Tensor:
     """The displacement, smoothed just where the local volume change falls below the floor, and a little around."""
     spacing = max(lattice.spacing_mm)
-    for _ in range(_GUARD_TRIES):
+    for number in range(_GUARD_TRIES):
         low = fields.smallest_determinant(displacement, lattice.spacing_mm) < smallest_determinant
         if not low.any():
             break
+        # Wider at every try: what a narrow Gaussian does not mend, it would only follow.
+        sigma = (1.5 + 0.25 * number) * spacing
         near = fields.smooth(low.float()[None], spacing, lattice)
         # A lone voxel keeps 6 percent of itself under this Gaussian: every low voxel is blended in full.
         blend = (near * 20).clamp_(max=1)
-        displacement = displacement + blend * (fields.smooth(displacement, 1.5 * spacing, lattice) - displacement)
+        displacement = displacement + blend * (fields.smooth(displacement, sigma, lattice) - displacement)
     return displacement
 
 
@@ -149,11 +167,10 @@ def _refined(
             break
         mean.lerp_(force, 1 - _BETA_FORCE)
         square.mul_(_BETA_SQUARE).addcmul_(force, force, value=1 - _BETA_SQUARE)
-        root = (square / (1 - _BETA_SQUARE**step)).sqrt_()
-        floor = _DAMPING * root.square().mean().sqrt() + 1e-20
-        update = fields.smooth(
-            mean / (1 - _BETA_FORCE**step) / (root + floor), manner.step_smoothing * spacing_mm, lattice
-        )
+        unbiased = 1 - _BETA_SQUARE**step
+        floor = _DAMPING * (square.mean() / unbiased).sqrt() + 1e-20
+        root = torch.sqrt(square, out=force).mul_(unbiased**-0.5).add_(floor).mul_(1 - _BETA_FORCE**step)
+        update = fields.smooth(torch.div(mean, root, out=root), manner.step_smoothing * spacing_mm, lattice)
         longest = update.square().sum(0).max().sqrt()
         update *= pace * _LONGEST_STEP * spacing_mm / longest.clamp(min=1e-20)
         displacement = fields.compose(displacement, update, lattice)

@@ -82,6 +82,10 @@ class Prepared:
         )
         return Prepared(grid, image, (valid > 0.9).float(), (foreground > 0.5).float())
 
+    def layers(self) -> Tensor:
+        """What `sample_where_valid` reads."""
+        return self.image if bool(self.valid.all()) else torch.cat([self.image, self.valid])
+
     def center_mm(self) -> npt.NDArray[np.float64]:
         """(3,) LPS mm, center of the foreground, or of the valid voxels where no voxel is foreground."""
         mask = self.foreground[0] if self.foreground.any() else self.valid[0]

@@ -77,7 +77,7 @@ def sample_where_valid(layers: Tensor, coordinates: Tensor) -> tuple[Tensor, Ten
     Parameters
     ----------
     layers
-        (2, Z, Y, X): the image, and 1 where it is valid.
+        (2, Z, Y, X): the image, and 1 where it is valid; or (1, Z, Y, X), valid everywhere.
 
     Returns
     -------
@@ -85,8 +85,11 @@ def sample_where_valid(layers: Tensor, coordinates: Tensor) -> tuple[Tensor, Ten
         The image (Z', Y', X'), continued beyond its border so that no false edge arises there, and a mask, true
         for points between valid voxels.
     """
-    image, valid = sample(layers, coordinates)
-    return image, (valid.detach() > 0.99) & (coordinates.detach().abs().amax(0) <= 1)
+    image, *valid = sample(layers, coordinates)
+    inside = coordinates.detach().abs().amax(0) <= 1
+    for mask in valid:
+        inside &= mask.detach() > 0.99
+    return image, inside
 
 
 def world_from_sampling(grid: Grid) -> Matrix:

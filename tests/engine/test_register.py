@@ -3,6 +3,7 @@ import pytest
 from engine import bodies
 
 from registration_engine import (
+    DisplacementField,
     ImplausibleResultError,
     InvalidRequestError,
     InvalidVolumeError,
@@ -157,6 +158,27 @@ def test_progress_is_told_in_order_and_may_stop_the_work():
 
     with pytest.raises(KeyboardInterrupt):
         register(fixed, moving, preset=SMALL, progress=stop)
+
+
+def test_a_given_start_spares_the_way_and_a_wrong_one_does_no_harm():
+    on = bodies.grid((24, 26, 28), (5.0, 5.0, 5.0))
+    turn = bodies.rotation((0, 0, 1), 40)
+
+    def through(points):
+        return bodies.breathing(12.0)(points) @ turn.T + (30.0, 0.0, 0.0)
+
+    fixed = bodies.volume(on, through=through)
+    moving = bodies.volume(bodies.grid((32, 32, 32), (5.0, 5.0, 5.0), center=(0, 0, 0)), seed=1)
+    coarse = bodies.grid((9, 10, 11), (14.0, 14.0, 14.0), rotation=bodies.rotation((1, 1, 0), 30))
+    points = coarse.points_mm(np.stack(np.meshgrid(*map(np.arange, coarse.shape), indexing="ij"), -1).astype(float))
+    near = DisplacementField(through(points) - points, coarse)
+    wrong = DisplacementField(20 * np.sin(points / 9), coarse)
+    hasty = Preset("hasty", voxels=60_000, iterations=(3,))
+
+    alone, helped, misled = (register(fixed, moving, preset=hasty, start=start) for start in (None, near, wrong))
+
+    assert errors_mm(helped, through).mean() < 0.6 * errors_mm(alone, through).mean()
+    assert np.array_equal(misled.total_field().vectors, alone.total_field().vectors)
 
 
 def test_a_constant_image_is_refused():
