@@ -3,6 +3,9 @@
     volume         images, grids, fields, registrations   spaces     the one home of axis order and normalised points
     prepare        foreground, intensity scale, margins   affine     rigid and affine start
     losses         similarities and their gradients       optimize   the field, coarse to fine
+    unet           the paper's network                    objectives   its losses, for autograd
+    synth          image pairs that never were             train        stage 1, and the loop
+    distill        stage 2                                 checkpoint   weights on disk
     field          compose, smooth, invert, Jacobian      metrics    what the report says
     engine         register(): all of it in order         presets    the table of named values
     resampling     warp()                                 files, cli NIfTI, MHA and NRRD from the command line

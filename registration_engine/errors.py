@@ -23,3 +23,7 @@ class ImplausibleResultError(RegistrationError):
 
 class InvalidRequestError(RegistrationError, ValueError):
     """What was asked for does not exist here: a preset, a device."""
+
+
+class DivergedError(RegistrationError):
+    """A training run's loss is no number any more."""

@@ -1,0 +1,133 @@
+"""The configuration of a training run: one flat TOML file, checked key by key."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from registration_engine.errors import InvalidRequestError
+from registration_engine.unet import ARCHITECTURES, MULTIPLE
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One run of training or distillation.
+
+    Attributes
+    ----------
+    model
+        "teacher" or "student".
+    out
+        Folder of the run; relative paths are relative to the working directory.
+    teacher
+        Distillation only: name of a shipped model, or the `state.safetensors` of a run.
+    shape
+        (Z, Y, X) of the synthetic pairs, multiples of 16.
+    epochs, pairs_per_epoch
+        Their product is the number of steps.
+    lambda_sim, lambda_smooth, lambda_dist
+        Weights of the paper's loss terms; lambda_dist belongs to distillation.
+    lambda_truth
+        Weight of the squared distance to the known displacement; the paper has no such term.
+    bf16
+        Run the network in bfloat16 on a GPU.
+    tensorboard
+        Also write TensorBoard events; needs the extra `training`.
+    """
+
+    model: str
+    out: Path
+    teacher: str = ""
+    seed: int = 0
+    shape: tuple[int, int, int] = (128, 128, 128)
+    epochs: int = 300
+    pairs_per_epoch: int = 500
+    learning_rate: float = 1e-4
+    lambda_sim: float = 1.0
+    lambda_smooth: float = 1.0
+    lambda_dist: float = 0.0
+    lambda_truth: float = 0.0
+    bf16: bool = True
+    validation_pairs: int = 16
+    report_every: int = 50
+    checkpoint_every: int = 100
+    validate_every: int = 2500
+    tensorboard: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Of the whole schedule."""
+        return self.epochs * self.pairs_per_epoch
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same one: all but the folder, the length and what is only reported."""
+        free = {
+            "out",
+            "epochs",
+            "report_every",
+            "checkpoint_every",
+            "validate_every",
+            "validation_pairs",
+            "tensorboard",
+        }
+        return {name: value for name, value in self.as_dict().items() if name not in free}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**vars(self), "out": str(self.out), "shape": list(self.shape)}
+
+
+def read_config(path: Path) -> TrainingConfig:
+    """Read and check a configuration.
+
+    Raises
+    ------
+    InvalidRequestError
+        Names file, key, what it got and what was expected.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidRequestError(f"{path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(f"{path}: no valid TOML ({error})") from None
+    fields = {field.name: field for field in dataclasses.fields(TrainingConfig)}
+    for key, value in values.items():
+        if key not in fields:
+            raise InvalidRequestError(f"{path}: unknown key {key!r}, expected one of {', '.join(fields)}")
+        expected = _complaint(key, value, fields[key].type)
+        if expected:
+            raise InvalidRequestError(f"{path}: key {key!r}: got {value!r}, expected {expected}")
+    for key in ("model", "out"):
+        if key not in values:
+            raise InvalidRequestError(f"{path}: key {key!r} is missing")
+    values["out"] = Path(values["out"])
+    if "shape" in values:
+        values["shape"] = tuple(values["shape"])
+    return TrainingConfig(**values)
+
+
+def _complaint(key: str, value: object, kind: Any) -> str | None:
+    """What the key expects, where the value is not that."""
+    if key == "model":
+        return None if value in ARCHITECTURES else " or ".join(ARCHITECTURES)
+    if key == "shape":
+        fits = isinstance(value, list) and len(value) == 3 and all(_is_multiple(n) for n in value)
+        return None if fits else f"three multiples of {MULTIPLE}, [Z, Y, X]"
+    if kind == "bool":
+        return None if isinstance(value, bool) else "true or false"
+    if kind == "int":
+        least = 0 if key == "seed" else 1
+        fits = isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
+        return None if fits else f"a whole number of {least} or more"
+    if kind == "float":
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+        return None if fits else "a number of 0 or more"
+    return None if isinstance(value, str) and value else "text"
+
+
+def _is_multiple(value: object) -> bool:
+    return isinstance(value, int) and value > 0 and value % MULTIPLE == 0

@@ -1,0 +1,157 @@
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from registration_engine.checkpoint import network_of
+from registration_engine.distill import distill
+from registration_engine.errors import InvalidRequestError
+from registration_engine.train import train
+from registration_engine.training_config import TrainingConfig, read_config
+
+CPU = torch.device("cpu")
+SHIPPED = Path(__file__).parents[2] / "deploy" / "training"
+
+
+def config(out: Path, **changes) -> TrainingConfig:
+    values = {
+        "model": "student",
+        "out": out,
+        "shape": (16, 16, 16),
+        "epochs": 2,
+        "pairs_per_epoch": 3,
+        "learning_rate": 1e-3,
+        "checkpoint_every": 2,
+        "validate_every": 4,
+        "validation_pairs": 2,
+    }
+    return TrainingConfig(**{**values, **changes})
+
+
+def run(training, settings: TrainingConfig, **options):
+    return training(settings, device=CPU, report=lambda _: None, **options)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("training", [train, distill])
+def test_a_run_killed_and_resumed_is_the_uninterrupted_run(tmp_path: Path, training, monkeypatch) -> None:
+    run(train, config(tmp_path / "teacher", model="teacher", epochs=1, pairs_per_epoch=1))
+    extra = {"teacher": str(tmp_path / "teacher" / "state.safetensors"), "lambda_dist": 1.0, "lambda_truth": 0.1}
+    whole, pieces = (config(tmp_path / name, **extra) for name in ("whole", "pieces"))
+    run(training, whole)
+
+    from registration_engine import train as room
+
+    original, calls = room.synthetic_pair, []
+
+    def until_killed(seed: int, index: int, *rest):
+        calls.append(index)
+        if len(calls) == 4:  # step 3 is in the log, only step 2 is saved
+            raise KilledError
+        return original(seed, index, *rest)
+
+    monkeypatch.setattr(room, "synthetic_pair", until_killed)
+    with pytest.raises(KilledError):
+        run(training, pieces)
+    monkeypatch.setattr(room, "synthetic_pair", original)
+    stopped = run(training, pieces, time_limit_s=0.001)
+    finished = run(training, pieces)
+
+    assert calls == [0, 1, 2, 3]
+    assert not stopped.is_complete
+    assert finished.is_complete
+    first, second = (load_file(c.out / "state.safetensors") for c in (whole, pieces))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert rows(whole.out / "log.csv") == rows(pieces.out / "log.csv")
+    assert [r["step"] for r in rows(pieces.out / "log.csv")] == list("123456")
+    assert rows(whole.out / "validation.csv") == rows(pieces.out / "validation.csv")
+
+
+def test_training_on_one_pair_again_and_again_finds_its_displacement(tmp_path: Path, monkeypatch) -> None:
+    from registration_engine import train as room
+
+    pair = room.synthetic_pair(4, 2, (16, 16, 16), CPU)
+    monkeypatch.setattr(room, "synthetic_pair", lambda *_: pair)
+
+    run(train, config(tmp_path, epochs=12, lambda_truth=0.1, lambda_smooth=0.1, validate_every=36))
+
+    (validation,) = rows(tmp_path / "validation.csv")
+    assert float(validation["error_after"]) < 0.8 * float(validation["error_before"])
+    assert float(validation["similarity_after"]) > float(validation["similarity_before"])
+
+
+def test_a_folder_of_another_run_is_refused_and_kept(tmp_path: Path) -> None:
+    run(train, config(tmp_path, epochs=1))
+    before = (tmp_path / "state.safetensors").read_bytes()
+
+    with pytest.raises(InvalidRequestError, match=r"learning_rate = 0\.001, the configuration 0\.01"):
+        run(train, config(tmp_path, learning_rate=0.01))
+
+    assert (tmp_path / "state.safetensors").read_bytes() == before
+
+
+def test_a_damaged_state_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "state.safetensors").write_bytes(b"nothing of use")
+
+    with pytest.raises(InvalidRequestError, match=r"state\.safetensors: cannot be read as a training state"):
+        run(train, config(tmp_path))
+
+
+def test_a_teacher_is_a_frozen_network(tmp_path: Path) -> None:
+    run(train, config(tmp_path, epochs=1, pairs_per_epoch=1))
+
+    network = network_of(str(tmp_path / "state.safetensors"), device=CPU)
+
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("epochs = 0", "key 'epochs': got 0, expected a whole number of 1 or more"),
+        ('learning_rate = "fast"', "key 'learning_rate': got 'fast', expected a number of 0 or more"),
+        ("shape = [32, 32, 30]", r"key 'shape': got \[32, 32, 30\], expected three multiples of 16"),
+        ("bf16 = 1", "key 'bf16': got 1, expected true or false"),
+        ("lamda_sim = 1.0", "unknown key 'lamda_sim', expected one of model, out"),
+        ("seed = [", "no valid TOML"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_with_file_key_got_and_expected(
+    tmp_path: Path, line: str, complaint: str
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(f'model = "teacher"\nout = "x"\n{line}\n')
+
+    with pytest.raises(InvalidRequestError, match=f"run.toml: {complaint}"):
+        read_config(path)
+
+
+def test_a_configuration_needs_a_model_and_a_folder(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('model = "teacher"\n')
+
+    with pytest.raises(InvalidRequestError, match="key 'out' is missing"):
+        read_config(path)
+
+
+def test_the_shipped_configurations_are_the_papers_schedule() -> None:
+    teacher, student = (read_config(SHIPPED / f"{name}-paper.toml") for name in ("teacher", "student"))
+
+    assert (teacher.epochs, teacher.pairs_per_epoch, teacher.learning_rate) == (300, 500, 1e-4)
+    assert (student.epochs, student.pairs_per_epoch, student.learning_rate) == (500, 500, 1e-4)
+    assert teacher.lambda_truth == student.lambda_truth == 0
+    assert student.teacher == str(teacher.out / "state.safetensors")
+    assert {read_config(SHIPPED / f"{name}-cpu.toml").model for name in ("teacher", "student")} == {
+        "teacher",
+        "student",
+    }
