@@ -41,9 +41,9 @@ def findings(rule: Rule, fixed: Subject, moving: Subject) -> list[Finding]:
 
 
 def _findings(rule: Rule, fixed: Subject, moving: Subject) -> Iterator[Finding]:
-    persons = [Finding(text, False) for text in identity(fixed.volume, moving.volume)]
-    if persons:
-        yield from persons
+    persons = list(identity(fixed.volume, moving.volume, strict=rule.pair.strict_identity))
+    yield from persons
+    if not all(finding.passed for finding in persons):
         return
     yield from _days(rule, fixed.volume, moving.volume)
     yield from _same(rule, fixed, moving)
@@ -69,17 +69,30 @@ def orientation_deg(fixed: Subject, moving: Subject) -> float:
     return math.degrees(math.acos(min(1.0, cosine)))
 
 
-def identity(one: VolumeRef, other: VolumeRef) -> Iterator[str]:
-    """Why these may be two persons; nothing where they are one."""
+def identity(one: VolumeRef, other: VolumeRef, *, strict: bool = False) -> Iterator[Finding]:
+    """Whether these are one person, by PatientID with its issuer, birth date and sex; what agrees is not mentioned.
+
+    PatientID must be there and equal; issuers are equal or both absent. Birth date and sex are equal, or absent on
+    both sides; absent on one side agrees too, since PatientID and issuer do, and is noted.
+
+    Parameters
+    ----------
+    strict
+        Birth date and sex must be there and equal on both sides.
+    """
     patients = [(volume.patient_id.strip(), volume.issuer_of_patient_id.strip()) for volume in (one, other)]
     if not patients[0][0] or not patients[1][0]:
-        yield "PatientID is empty, so nobody can tell whether it is one patient"
+        yield Finding("PatientID is empty, so nobody can tell whether it is one patient", False)
     elif patients[0] != patients[1]:
-        yield "PatientID or IssuerOfPatientID differs"
+        yield Finding("PatientID or IssuerOfPatientID differs", False)
     for keyword in ("PatientBirthDate", "PatientSex"):
         a, b = values_of(one, keyword), values_of(other, keyword)
         if a and b and a != b:
-            yield f"{keyword} differs"
+            yield Finding(f"{keyword} differs", False)
+        elif strict and not (a and b):
+            yield Finding(f"{keyword} is empty, and strict_identity asks for it", False)
+        elif bool(a) != bool(b):
+            yield Finding(f"{keyword} is empty on one side", True)
 
 
 def days_before(earlier: VolumeRef, later: VolumeRef) -> int | None:

@@ -224,6 +224,7 @@ class PairConditions(Section):
     overlap_mm: Overlap | None = None
     same_soft: tuple[Keyword, ...] = ()
     max_days: Annotated[int, Field(strict=True, ge=0)] = 1
+    strict_identity: Annotated[bool, Field(strict=True)] = False
 
     @field_validator("close")
     @classmethod

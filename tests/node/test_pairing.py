@@ -420,6 +420,34 @@ def test_a_series_of_another_patient_does_not_even_make_a_tie(other: dict[str, s
     assert made(decide(rule_set(), [a("A1"), a("A2", **other), b()])) == [("A1", "B")]
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "strict", "refused", "noted"),
+    [
+        ({}, {}, True, "", ""),
+        ({"birth_date": "", "sex": ""}, {"birth_date": "", "sex": ""}, False, "", ""),
+        ({"birth_date": "", "sex": ""}, {"birth_date": "", "sex": ""}, True, "PatientBirthDate is empty", ""),
+        ({}, {"birth_date": " "}, False, "", "PatientBirthDate is empty on one side"),
+        ({"sex": ""}, {}, False, "", "PatientSex is empty on one side"),
+        ({"sex": ""}, {}, True, "PatientSex is empty, and strict_identity asks for it", ""),
+        ({"issuer": "A"}, {"issuer": "A"}, True, "", ""),
+        ({"issuer": "A"}, {}, False, "PatientID or IssuerOfPatientID differs", ""),
+        ({"issuer": "A"}, {"birth_date": ""}, False, "PatientID or IssuerOfPatientID differs", "empty on one side"),
+        ({}, {"patient_id": "P1 "}, True, "", ""),
+        ({}, {"patient_id": "p1"}, False, "PatientID or IssuerOfPatientID differs", ""),
+        ({"sex": "M"}, {"sex": "F"}, False, "PatientSex differs", ""),
+    ],
+)
+def test_who_is_one_person(one: dict[str, str], other: dict[str, str], strict: bool, refused: str, noted: str) -> None:
+    for first, second in ((a(**one), b(**other)), (a(**other), b(**one))):
+        found = list(partners.identity(first, second, strict=strict))
+        pair = {"same": ["StudyInstanceUID"], "strict_identity": strict}
+
+        assert refused in "; ".join(each.text for each in found if not each.passed)
+        assert all(each.passed for each in found) is (refused == "")
+        assert noted in "; ".join(each.text for each in found if each.passed)
+        assert made(decide(rule_set(pair=pair), [first, second])) == ([] if refused else [("A", "B")])
+
+
 def test_an_empty_patient_id_is_never_taken_for_one_person() -> None:
     decision = decide(rule_set(), [a(patient_id=""), b(patient_id="")])
 
