@@ -58,11 +58,14 @@ def undisturbed(
     """The SOP Instance UIDs that a node delivers when nobody disturbs it."""
     with ReceivingSCP() as pacs:
         node = RunningNode(tmp_path_factory.mktemp("calm") / "node", destinations=[("pacs", "PACS", pacs.port)])
-        node.start()
-        for series in study:
-            assert node.send(series) == []
-        wait_until_delivered(node)
-        assert node.stop() == 0
+        try:
+            node.start()
+            for series in study:
+                assert node.send(series) == []
+            wait_until_delivered(node)
+            assert node.stop() == 0
+        finally:
+            node.kill()
         assert len(pacs.stored_uids) == len(set(pacs.stored_uids)) == len(study[0]) + 2
         return set(pacs.stored_uids)
 
