@@ -9,31 +9,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from dicomnode.conditions import Check
-from dicomnode.model import Pair
+from dicomnode.model import Ambiguity, Pair
 from dicomnode.rules import Rule
 from dicomnode.scopes import Key, Scope
 
 LeftOut = tuple[str, Check]
 """Where it is written, and what was seen."""
-
-
-@dataclass(frozen=True)
-class Ambiguity:
-    """What a rule cannot decide and a person can.
-
-    Attributes
-    ----------
-    scope
-        The same at every look; with the rule it names the work item.
-    fixed, moving
-        The volumes among which to choose.
-    """
-
-    rule_id: str
-    scope: str
-    reason: str
-    fixed: tuple[Key, ...]
-    moving: tuple[Key, ...]
 
 
 @dataclass

@@ -197,6 +197,58 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Ambiguity:
+    """What a rule cannot decide and a person can.
+
+    Attributes
+    ----------
+    scope
+        The same at every look; with patient and rule it names the work item.
+    fixed, moving
+        The volumes among which to choose: Series Instance UID and volume number.
+    """
+
+    rule_id: str
+    scope: str
+    reason: str
+    fixed: tuple[tuple[str, int], ...]
+    moving: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class WorkItem:
+    """An ambiguity that waits for a person, or that was settled."""
+
+    id: int
+    patient: tuple[str, str]
+    rule_version: int
+    ambiguity: Ambiguity
+    state: str
+    """open; settled by a person; gone: the rules have decided since."""
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """How the jobs of a rule are queued.
+
+    Attributes
+    ----------
+    patience_s
+        A job counts as due this long after it was made; the job that is due first begins first, so that no class of
+        jobs can starve another.
+    held
+        Why it may not begin yet; empty: it may.
+    is_one_job
+        Pairs with the same fixed volume are one job.
+    """
+
+    patience_s: float = 3600.0
+    held: str = ""
+    is_one_job: bool = False
+
+
+@dataclass(frozen=True)
 class Destination:
     """A Storage SCP that results are sent to."""
 

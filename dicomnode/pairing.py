@@ -12,8 +12,8 @@ from datetime import datetime, timedelta
 
 from dicomnode import completion, partners
 from dicomnode.derived import Subject, study_date
-from dicomnode.findings import Ambiguity, LeftOut, RuleFinding, ScopeFinding, keys_of, label
-from dicomnode.model import Pair, SeriesActivity, VolumeRef
+from dicomnode.findings import LeftOut, RuleFinding, ScopeFinding, keys_of, label
+from dicomnode.model import Ambiguity, Pair, SeriesActivity, VolumeRef
 from dicomnode.reasons import reason, several
 from dicomnode.rules import Role, Rule, RuleSet, Selection
 from dicomnode.scopes import Key, Scope, Subjects, in_time, key_of, scopes_of

@@ -30,6 +30,7 @@ from dicomnode.config import PRESET_PARAMETERS, Preset
 from dicomnode.derived import DERIVED
 from dicomnode.document import ProblemError, Section
 from dicomnode.errors import ConfigError
+from dicomnode.model import JobPlan
 from dicomnode.vocabulary import BUILT_IN, Vocabulary, tokens
 
 OUTPUTS = ("series", "sro", "dsr")
@@ -79,6 +80,7 @@ def parse(text: str, file: str) -> RuleSet:
         vocabulary=names.vocabulary,
         rules=found.rules,
         text=normalized,
+        written=text,
         sha256=hashlib.sha256(normalized.encode()).hexdigest(),
     )
 
@@ -336,6 +338,10 @@ class Schedule(Section):
         return now
 
 
+PATIENCE_S = {"urgent": 0.0, "normal": 3600.0, "off-peak": 12 * 3600.0}
+"""How long after it was made a job counts as due; the job due first begins first, so none waits for ever."""
+
+
 class Rule(Section):
     """One kind of pair."""
 
@@ -388,6 +394,12 @@ class Rule(Section):
     def preset(self, default: str) -> str:
         """The rule's preset, or the node's where it names none."""
         return self.registration.preset or default
+
+    def plan(self, now: datetime) -> JobPlan:
+        """How a job made `now` (aware) is queued."""
+        begins = now if self.schedule is None else self.schedule.next_start(now.astimezone())
+        held = "" if begins <= now else f"waits for the hours of its rule: {begins:%Y-%m-%d %H:%M}"
+        return JobPlan(PATIENCE_S[self.priority], held)
 
     def quiet_s(self, default: float) -> float:
         """Seconds of quiet after which a series counts for this rule; `default` is the node's."""
@@ -449,6 +461,8 @@ class RuleSet:
         The normalized text: same content, same text, whatever comments and order of keys. It parses to this set.
     sha256
         Of `text`, hexadecimal.
+    written
+        The text as it was read.
     """
 
     exclude: tuple[Condition, ...]
@@ -457,6 +471,7 @@ class RuleSet:
     rules: tuple[Rule, ...]
     text: str
     sha256: str
+    written: str = field(compare=False, repr=False)
 
     @property
     def enabled(self) -> tuple[Rule, ...]:

@@ -6,32 +6,35 @@ Law: nothing is decided here; a tick that is cut off anywhere can be run again.
 from __future__ import annotations
 
 import logging
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 
-from dicomnode import completion, pairing, volumes
+from dicomnode import completion, pairing, rules, trace, volumes
 from dicomnode.archive import Archive
-from dicomnode.errors import LocalError, StudyError, stack
-from dicomnode.index import Enqueue, Index
+from dicomnode.errors import ConfigError, LocalError, StudyError, stack
+from dicomnode.index import NOT_LOOKED_AT, Enqueue, Index
 from dicomnode.model import SeriesActivity, SeriesState, VolumeRef
-from dicomnode.rules import RuleSet
+from dicomnode.rules import Rule, RuleSet
 
 log = logging.getLogger(__name__)
+
+LOOK_BACK = timedelta(days=1)
+"""Series in no pair are looked at again at a start or under new rules if they came within this time."""
+SHORT_QUEUE = 2
+"""Jobs that may wait on the queue while a held one is let on; what must wait for its hours can wait its turn too."""
+LONGEST_HELD = timedelta(days=1)
+"""A job held for longer is let on in its hours however long the queue is."""
 
 Patient = tuple[str, str]
 """PatientID and IssuerOfPatientID."""
 
 
 class Scheduler:
-    """Completes series and makes pairs, one tick at a time.
+    """Completes series and makes pairs, one tick at a time, by the newest rule set of the index.
 
     Parameters
     ----------
     index, archive
         What was received.
-    rules
-        The rule set in force.
-    rule_version
-        Its number in the index.
     quiet_period_s
         The node's quiet period; a rule's own overrides it for that rule.
     enqueue
@@ -42,22 +45,22 @@ class Scheduler:
         self,
         index: Index,
         archive: Archive,
-        rules: RuleSet,
         *,
-        rule_version: int,
         quiet_period_s: float,
         enqueue: Enqueue,
     ) -> None:
         self._index = index
         self._archive = archive
-        self._rules = rules
-        self._rule_version = rule_version
+        self._rules: RuleSet = rules.load(None)
+        self._rule_version = self._newest_seen = 0
         self._quiet_period_s = quiet_period_s
         self._enqueue = enqueue
-        self._look_at: dict[Patient, datetime | None] = dict.fromkeys(index.patients_to_pair())
+        since = datetime.now(UTC) - LOOK_BACK
+        self._look_at: dict[Patient, datetime | None] = dict.fromkeys(index.patients_to_pair(since=since))
 
     def tick(self, now: datetime) -> None:
         """Do all that is due at `now`."""
+        self._follow_rules(now)
         activities = self._index.activities()
         shortest_s = min([self._quiet_period_s, *pairing.quiet_periods_s(self._rules)])
         for activity in activities:
@@ -67,6 +70,41 @@ class Scheduler:
         for patient, at in list(self._look_at.items()):
             if at is None or at <= now:
                 self._pair_or_say_why(patient, now)
+        self._release_held(now)
+
+    def _follow_rules(self, now: datetime) -> None:
+        """Take over a rule set that was imported meanwhile, and look again at the patients of the day."""
+        newest = self._index.newest_rule_version()
+        if newest == self._newest_seen:
+            return
+        self._newest_seen = newest
+        text = self._index.rule_set_text(newest)
+        try:
+            self._rules = rules.parse(text, f"rule set {newest}")
+        except ConfigError as error:  # of another version of this program; the one in force stays
+            log.error("rule set %d cannot be used, %d stays in force: %s", newest, self._rule_version, error)
+        else:
+            log.info("rule set %d is in force", newest)
+            self._rule_version = newest
+            self._look_at |= dict.fromkeys(self._index.patients_to_pair(since=now - LOOK_BACK))
+
+    def _release_held(self, now: datetime) -> None:
+        """Let the oldest held job whose rule's hours have come onto the queue, while the queue is short."""
+        held = self._index.held_jobs()
+        if not held:
+            return
+        room = SHORT_QUEUE - self._index.waiting_jobs()
+        for job_id, version, rule_id, created_at in held:
+            rule = self._rule(version, rule_id)
+            if (room > 0 or now - created_at > LONGEST_HELD) and not rule.plan(now).held:
+                due = created_at + timedelta(seconds=rule.plan(created_at).patience_s)
+                self._index.release_job(job_id, due=due, enqueue=self._enqueue)
+                room -= 1
+
+    def _rule(self, version: int, rule_id: str) -> Rule:
+        if version == self._rule_version:
+            return self._rules.rule(rule_id)
+        return rules.parse(self._index.rule_set_text(version), f"rule set {version}").rule(rule_id)
 
     def _complete(self, activity: SeriesActivity) -> None:
         """Read the series as one volume, or say why it is none."""
@@ -88,7 +126,7 @@ class Scheduler:
         else:
             log.info("series %s complete: %d instances", uid, activity.instances)
             self._index.complete_series(
-                activity, state=SeriesState.UNPAIRED, reason="not looked at yet", volumes=described.volumes
+                activity, state=SeriesState.UNPAIRED, reason=NOT_LOOKED_AT, volumes=described.volumes
             )
 
     def _pair_or_say_why(self, patient: Patient, now: datetime) -> None:
@@ -116,7 +154,15 @@ class Scheduler:
             now=now,
         )
         jobs = self._index.add_pairs(
-            decision.pairs, decision.reasons, rule_version=self._rule_version, enqueue=self._enqueue, now=now
+            decision.pairs,
+            decision.reasons,
+            rule_version=self._rule_version,
+            enqueue=self._enqueue,
+            now=now,
+            plans={each.rule_id: self._rules.rule(each.rule_id).plan(now) for each in decision.pairs},
+            patient_of=patient,
+            ambiguities=decision.ambiguities,
+            trace=trace.as_json(decision.findings),
         )
         for made, job_id in zip(decision.pairs, jobs, strict=False):
             log.info("job %s: rule %s", job_id, made.rule_id)

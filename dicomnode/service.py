@@ -49,13 +49,13 @@ def serve(config: Config, config_path: Path | None, stop: threading.Event) -> No
     workflow.migrate(config.database_url)
     now = datetime.now(UTC)
     index.close_all_associations(now=now)
-    rule_set = rules.load(config.rules_path)
+    if config.rules_path is not None:
+        file = rules.load(config.rules_path)
+        index.rule_set_version(file.text, file.sha256, written=file.written, now=now)
     queue = workflow.JobQueue(index.engine)
     scheduler = Scheduler(
         index,
         archive,
-        rule_set,
-        rule_version=index.rule_set_version(rule_set.text, rule_set.sha256, now=now),
         quiet_period_s=config.node.quiet_period_s,
         enqueue=queue.enqueue,
     )

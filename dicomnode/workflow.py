@@ -37,6 +37,9 @@ MAX_ATTEMPTS = 3
 APPLICATION_VERSION = "1"
 APPLICATION = "dicomnode"
 
+_PRIORITY_EPOCH = datetime(2020, 1, 1, tzinfo=UTC)
+"""A priority is the second a job is due, counted from here: 31 bits last until 2088."""
+
 T = TypeVar("T")
 Step = Callable[[str], None]
 """Does one arrow of the line for the job with that id; safe to run again."""
@@ -64,14 +67,15 @@ class JobQueue:
     def __init__(self, engine: sa.Engine) -> None:
         self._client = _client(engine)
 
-    def enqueue(self, connection: sa.Connection, job_id: str) -> None:
-        """Enqueue once: the same id again changes nothing."""
+    def enqueue(self, connection: sa.Connection, job_id: str, due: datetime) -> None:
+        """Enqueue once: the same id again changes nothing. The job that is due first begins first."""
         self._client.enqueue_in_transaction(
             connection,
             {
                 "workflow_name": WORKFLOW,
                 "queue_name": QUEUE,
                 "workflow_id": job_id,
+                "priority": max(1, int((due - _PRIORITY_EPOCH).total_seconds())),
                 "app_version": APPLICATION_VERSION,
                 "serialization_type": WorkflowSerializationFormat.PORTABLE,
             },

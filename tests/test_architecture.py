@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "vocabulary": set(),
     "derived": {"model", "vocabulary"},
     "conditions": {"derived", "document", "vocabulary"},
-    "rules": {"conditions", "config", "derived", "document", "errors", "vocabulary"},
+    "rules": {"conditions", "config", "derived", "document", "errors", "model", "vocabulary"},
     "completion": {"model"},
     "scopes": {"derived", "model", "rules"},
     "partners": {"derived", "model", "rules"},
@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "index": {"errors", "model"},
     "listener": {"archive", "errors", "index", "model"},
     "delivery": {"archive", "errors", "index", "model"},
-    "scheduler": {"archive", "completion", "errors", "index", "model", "pairing", "rules", "volumes"},
+    "scheduler": {"archive", "completion", "errors", "index", "model", "pairing", "rules", "trace", "volumes"},
     "steps": {
         "archive", "config", "errors", "index", "model", "objects", "rules", "verdict", "volumes",
         "registration_engine",

@@ -4,19 +4,21 @@ Law: every method is one transaction; database trouble leaves as LocalError; row
 `dicomnode.model` do.
 
     database     open, migrate, transactions     tables, migrations   their shape
-    receiving    associations, instances, series pairs                volumes, rule sets, pairs with their jobs
+    receiving    associations, instances, series pairs                volumes, pairs with their jobs
+    rule_sets    every version of the rules      decisions            traces and work items
     jobs         stages, verdicts, products      deliveries           the ledger        status   all of it, to read
 """
 
 from dicomnode.index.database import create_engine
 from dicomnode.index.deliveries import Deliveries
 from dicomnode.index.jobs import Jobs
-from dicomnode.index.pairs import Enqueue, Pairs
+from dicomnode.index.pairs import NOT_LOOKED_AT, Enqueue, Pairs
 from dicomnode.index.receiving import Added, Receiving
+from dicomnode.index.rule_sets import RuleSets
 from dicomnode.index.status import Status
 
-__all__ = ["Added", "Enqueue", "Index", "create_engine"]
+__all__ = ["NOT_LOOKED_AT", "Added", "Enqueue", "Index", "create_engine"]
 
 
-class Index(Receiving, Pairs, Jobs, Deliveries, Status):
+class Index(Receiving, RuleSets, Pairs, Jobs, Deliveries, Status):
     """What the node knows of patients, studies, series, instances, pairs, jobs, products and deliveries."""

@@ -130,6 +130,7 @@ class Receiving(Database):
                 .scalar_subquery()
                 .label("instances"),
                 is_open.label("receiving"),
+                series.c.is_fetched,
             )
             .join_from(series, study, series.c.study_id == study.c.id)
             .join(patient, series.c.patient_id == patient.c.id)

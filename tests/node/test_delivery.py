@@ -112,7 +112,7 @@ class Outbox:
             )
         version = self.index.rule_set_version("rules", "sha", now=NOW)
         (job_id,) = self.index.add_pairs(
-            [Pair("r", "1.2", "1.3")], {}, rule_version=version, enqueue=lambda _connection, _job: None, now=NOW
+            [Pair("r", "1.2", "1.3")], {}, rule_version=version, enqueue=lambda _connection, _job, _due: None, now=NOW
         )
         return job_id
 

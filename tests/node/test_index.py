@@ -83,7 +83,7 @@ def make_job(index: Index) -> str:
     return job_id
 
 
-def no_queue(connection: sa.Connection, job_id: str) -> None:
+def no_queue(connection: sa.Connection, job_id: str, due: datetime) -> None:
     """Nothing runs in these tests; the job row is what they look at."""
 
 
@@ -175,7 +175,7 @@ def test_pair_job_and_queue_entry_are_all_or_nothing(index: Index) -> None:
     complete(index)
     version = index.rule_set_version("rules", "sha", now=NOW)
 
-    def broken_queue(connection: sa.Connection, _job_id: str) -> None:
+    def broken_queue(connection: sa.Connection, _job_id: str, _due: datetime) -> None:
         connection.execute(sa.text("insert into nowhere values (1)"))
 
     with pytest.raises(LocalError):
