@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dicomnode import config as configuration
-from dicomnode.errors import ConfigError, LocalError, NodeError
+from dicomnode import rules_cli
+from dicomnode.errors import ConfigError, NodeError
 
 log = logging.getLogger("dicomnode")
 
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     status = command("status", _status, "show studies, series, jobs and deliveries, with reasons")
     config_option(status)
     status.add_argument("--json", action="store_true", help="print JSON")
+    rules_cli.add_commands(commands)
     demo = command("demo", _demo, "run the whole line on a generated study, against a stand-in PACS")
     demo.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="folder for what it makes")
     return parser
@@ -115,13 +117,9 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from dicomnode.index import Index
 
     config = configuration.load(arguments.config)
-    file = Path(config.database_url.removeprefix("sqlite:///"))
-    if config.database_url.startswith("sqlite:///") and not file.exists():
-        raise LocalError(f"{file}: no such database: the node has not run with this configuration")
-    index = Index(config.database_url)
+    index = rules_cli.open_index(config)
     status = index.status()
     index.close()
     if arguments.json:

@@ -21,9 +21,9 @@ MAX_PARTNERS = 400
 Json = Any
 
 
-def as_json(findings: Iterable[RuleFinding], *, series: frozenset[str] | None = None) -> list[Json]:
-    """The trace of a decision, one entry per rule; with `series`, only what concerns these Series Instance UIDs."""
-    return [told for finding in findings if (told := _rule(finding, series))]
+def as_json(findings: Iterable[RuleFinding]) -> list[Json]:
+    """The trace of a decision, one entry per rule."""
+    return [_rule(finding) for finding in findings]
 
 
 def as_text(told: Iterable[Json]) -> Iterator[str]:
@@ -52,37 +52,20 @@ def as_text(told: Iterable[Json]) -> Iterator[str]:
                 yield from (f"      {_mark(each['passed'])} {each['condition']}" for each in between["conditions"])
 
 
-def _rule(finding: RuleFinding, series: frozenset[str] | None) -> Json:
-    def is_asked(key: Key) -> bool:
-        return series is None or key[0] in series
-
+def _rule(finding: RuleFinding) -> Json:
     left_out = [
-        {"volume": label(key), "by": where, "check": _check(check)}
-        for key, (where, check) in finding.left_out.items()
-        if is_asked(key)
+        {"volume": label(key), "by": where, "check": _check(check)} for key, (where, check) in finding.left_out.items()
     ]
-    left_out += [
-        {"volume": label(key), "by": "when", "check": _check(check)}
-        for key, check in finding.outside.items()
-        if is_asked(key)
-    ]
-    left_out += [
-        {"volume": label(key), "by": why, "check": None} for key, why in finding.scopeless.items() if is_asked(key)
-    ]
-    scopes = [
-        _scope(finding.rule, scope, series)
-        for scope in finding.scopes
-        if series is None or any(is_asked(key) for key in scope.scope.subjects)
-    ]
-    return {"rule": finding.rule.id, "left_out": left_out, "scopes": scopes} if left_out or scopes else None
+    left_out += [{"volume": label(key), "by": "when", "check": _check(check)} for key, check in finding.outside.items()]
+    left_out += [{"volume": label(key), "by": why, "check": None} for key, why in finding.scopeless.items()]
+    scopes = [_scope(finding.rule, scope) for scope in finding.scopes]
+    return {"rule": finding.rule.id, "left_out": left_out, "scopes": scopes}
 
 
-def _scope(rule: Rule, finding: ScopeFinding, series: frozenset[str] | None) -> Json:
+def _scope(rule: Rule, finding: ScopeFinding) -> Json:
     made = {key for pair in finding.pairs for key in keys_of(pair)}
     volumes = []
     for key in finding.scope.subjects:
-        if series is not None and key[0] not in series:
-            continue
         fills = {name: scores[key] for name, scores in finding.roles.items() if key in scores}
         if finding.waits and fills:
             why = f"waiting: {finding.waits}"
@@ -96,7 +79,7 @@ def _scope(rule: Rule, finding: ScopeFinding, series: frozenset[str] | None) -> 
         "outcome": _outcome(finding),
         "pairs": [{"fixed": label(f), "moving": label(m)} for f, m in map(keys_of, finding.pairs)],
         "volumes": volumes,
-        "between": list(_between(rule, finding, series)),
+        "between": list(_between(rule, finding)),
     }
 
 
@@ -130,11 +113,11 @@ def _preferences(role: Role, finding: ScopeFinding, key: Key) -> list[Json]:
     return [{"check": _check(check), "score": score if check.passed else 0} for check, score in checks]
 
 
-def _between(rule: Rule, finding: ScopeFinding, series: frozenset[str] | None) -> Iterator[Json]:
+def _between(rule: Rule, finding: ScopeFinding) -> Iterator[Json]:
     subjects, told = finding.scope.subjects, 0
     for fixed in finding.roles["fixed"]:
         for moving in finding.roles["moving"]:
-            if fixed == moving or (series is not None and series.isdisjoint((fixed[0], moving[0]))):
+            if fixed == moving:
                 continue
             if (told := told + 1) > MAX_PARTNERS:
                 return
@@ -167,3 +150,21 @@ def _check_lines(check: Mapping[str, Json] | None, indent: str, prefix: str = ""
 
 def _mark(passed: bool) -> str:
     return "yes" if passed else "no "
+
+
+def narrowed(told: Json, series: frozenset[str], rules: list[str] | None) -> Json:
+    """What one rule's entry says of these series, and only if it is one of `rules`; None where it says nothing."""
+    if rules is not None and told["rule"] not in rules:
+        return None
+
+    def concerns(volume: str) -> bool:
+        return volume.split("#")[0] in series
+
+    left_out = [each for each in told["left_out"] if concerns(each["volume"])]
+    scopes = []
+    for scope in told["scopes"]:
+        volumes = [each for each in scope["volumes"] if concerns(each["volume"])]
+        between = [each for each in scope["between"] if concerns(each["fixed"]) or concerns(each["moving"])]
+        if volumes:
+            scopes.append({**scope, "volumes": volumes, "between": between})
+    return {**told, "left_out": left_out, "scopes": scopes} if left_out or scopes else None

@@ -13,6 +13,7 @@ from dicomnode.errors import ConfigError
 from dicomnode.index.database import inserted_key, series_key
 from dicomnode.index.decisions import Decisions
 from dicomnode.index.tables import job, pair, patient, series, volume, work_item
+from dicomnode.index.tables import study as studies
 from dicomnode.model import Ambiguity, JobPlan, JobState, Pair, SeriesState, VolumeRef, WorkItem
 
 Enqueue = Callable[[sa.Connection, str, datetime], None]
@@ -39,6 +40,17 @@ class Pairs(Decisions):
             .where(sa.or_(is_pending, series.c.last_received_at >= since))
             .distinct()
         )
+        with self._reading() as connection:
+            return [(row[0], row[1]) for row in connection.execute(query)]
+
+    def patients_of(self, *, study: str | None = None, since: datetime | None = None) -> list[tuple[str, str]]:
+        """(PatientID, IssuerOfPatientID) of a study's patient, or of all who sent a series from `since` on."""
+        query = sa.select(patient.c.patient_id, patient.c.issuer_of_patient_id).distinct()
+        query = query.join(series, series.c.patient_id == patient.c.id)
+        if study is not None:
+            query = query.join(studies, series.c.study_id == studies.c.id).where(studies.c.study_instance_uid == study)
+        if since is not None:
+            query = query.where(series.c.last_received_at >= since)
         with self._reading() as connection:
             return [(row[0], row[1]) for row in connection.execute(query)]
 

@@ -167,7 +167,7 @@ def test_facts_come_back_as_they_were(index: Index) -> None:
     )
 
     assert index.volumes_of("P", "") == phases
-    assert index.patients_to_pair() == [("P", "")]
+    assert index.patients_to_pair(since=NOW) == [("P", "")]
 
 
 def test_pair_job_and_queue_entry_are_all_or_nothing(index: Index) -> None:

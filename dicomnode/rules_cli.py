@@ -1,0 +1,421 @@
+"""The commands about rules: `rules …`, `why`, `settle`.
+
+Law: what is read or tried changes nothing; a rule set is checked whole before it is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import getpass
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from pydicom.errors import InvalidDicomError
+
+from dicomnode import config as configuration
+from dicomnode import pairing, partners, rules, trace, volumes
+from dicomnode.errors import ConfigError, LocalError, StudyError
+from dicomnode.findings import label
+from dicomnode.index import Index
+from dicomnode.model import Ambiguity, Pair, VolumeRef, WorkItem
+from dicomnode.rules import RuleSet
+from dicomnode.scopes import Key, key_of
+
+Subparsers = Any
+Run = Callable[[argparse.Namespace], int]
+
+
+def add_commands(commands: Subparsers) -> None:
+    """Add the commands to the command line's."""
+
+    def command(parent: Subparsers, name: str, run: Run, text: str) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = parent.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        sub.add_argument("--config", type=Path, metavar="F", help="configuration file; without it, the defaults")
+        return sub
+
+    text = "check, keep, try and compare pairing rules"
+    group = commands.add_parser("rules", help=text, description=text, allow_abbrev=False)
+    parent = group.add_subparsers(required=True, metavar="ACTION")
+    command(parent, "check", _check, "check a file of rules; exit status 0, or 2 with every mistake").add_argument(
+        "file", type=Path
+    )
+    put = command(parent, "import", _import, "put a file of rules in force, without a restart")
+    put.add_argument("file", type=Path)
+    put.add_argument("--comment", default="", help="why, for the history")
+    for name, run, text in (
+        ("export", _export, "print rules as they were written"),
+        ("list", _list, "list the rules of a version"),
+    ):
+        command(parent, name, run, text).add_argument(
+            "--version", type=int, metavar="N", help="a version; without it, the one in force"
+        )
+    command(parent, "history", _history, "list every version that was in force")
+    diff = command(parent, "diff", _diff, "what changed between two versions")
+    diff.add_argument("old", type=int, nargs="?", help="without it, the version before the one in force")
+    diff.add_argument("new", type=int, nargs="?", help="without it, the one in force")
+    back = command(parent, "rollback", _rollback, "put an earlier version in force again, as a new version")
+    back.add_argument("version", type=int)
+    back.add_argument("--comment", default="", help="why, for the history")
+    test = command(parent, "test", _test, "tell which pairs rules would make, with every condition; changes nothing")
+    test.add_argument("--rules", type=Path, metavar="F", help="file of rules; without it, those in force")
+    which = test.add_mutually_exclusive_group()
+    which.add_argument("--study", metavar="UID", help="on what was received of the patient of this study")
+    which.add_argument("--last", default="7d", metavar="TIME", help="on what came within 7d, 12h, 30m (default 7d)")
+    which.add_argument("--dicom", type=Path, metavar="DIR", help="on the DICOM files of a folder")
+    test.add_argument("--brief", action="store_true", help="pairs and reasons only, no conditions")
+    test.add_argument("--json", action="store_true", help="print JSON")
+    why = command(commands, "why", _why, "tell why a series or study was paired as it was, with every condition")
+    why.add_argument("uid", help="a Series or Study Instance UID")
+    why.add_argument("--json", action="store_true", help="print JSON")
+    settle = command(commands, "settle", _settle, "list what the rules could not decide, or decide one item")
+    settle.add_argument("item", type=int, nargs="?", help="number of the item; without it, all open ones are listed")
+    settle.add_argument("--fixed", metavar="UID", help="series that stays; UID#N names volume N of a series")
+    settle.add_argument(
+        "--moving", metavar="UID", action="append", default=[], help="series brought onto it; repeatable"
+    )
+
+
+def open_index(config: configuration.Config, *, create: bool = False) -> Index:
+    """The node's index, brought to this version's shape where `create`.
+
+    Raises
+    ------
+    LocalError
+        There is none yet.
+    """
+    file = Path(config.database_url.removeprefix("sqlite:///"))
+    if config.database_url.startswith("sqlite:///") and not file.exists():
+        if not create:
+            raise LocalError(f"{file}: no such database: the node has not run with this configuration")
+        file.parent.mkdir(parents=True, exist_ok=True)
+    index = Index(config.database_url)
+    if create:
+        index.migrate()
+    return index
+
+
+# ── versions ──
+
+
+def check_against(config: configuration.Config, found: RuleSet, file: str) -> RuleSet:
+    """`found`, if every name of the configuration that it uses is there.
+
+    Raises
+    ------
+    ConfigError
+        A rule names a destination that the configuration has not.
+    """
+    known = [each.name for each in config.destinations]
+    for rule in found.rules:
+        for name in rule.destinations or ():
+            if name not in known:
+                expected = f"a destination of the configuration ({', '.join(known) or 'none'})"
+                raise ConfigError(file, f"rules({rule.id}).destinations", name, expected)
+    return found
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    config = configuration.load(arguments.config)
+    found = check_against(config, rules.load(arguments.file), str(arguments.file))
+    print(f"ok: {len(found.rules)} rules, {len(found.enabled)} enabled")
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    config = configuration.load(arguments.config)
+    found = check_against(config, rules.load(arguments.file), str(arguments.file))
+    return _put(config, found, source="import", comment=arguments.comment)
+
+
+def _put(config: configuration.Config, found: RuleSet, *, source: str, comment: str) -> int:
+    index = open_index(config, create=True)
+    former = index.newest_rule_version()
+    version = index.import_rule_set(
+        found.text,
+        found.sha256,
+        written=found.written,
+        source=source,
+        author=getpass.getuser(),
+        comment=comment,
+        now=datetime.now(UTC),
+    )
+    index.close()
+    print(f"version {version} is in force" + (": it has these rules already" if version == former else ""))
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    index = open_index(configuration.load(arguments.config))
+    print(index.rule_set_text(arguments.version or index.newest_rule_version(), written=True), end="")
+    index.close()
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    index = open_index(configuration.load(arguments.config))
+    version = arguments.version or index.newest_rule_version()
+    found = rules.parse(index.rule_set_text(version), f"version {version}")
+    index.close()
+    print(f"version {version}: {len(found.rules)} rules")
+    for rule in found.rules:
+        about = [rule.priority, f"preset {rule.registration.preset or 'of the node'}", "+".join(rule.outputs)]
+        about += [f"owner {rule.owner}"] if rule.owner else []
+        about += [f"tags {','.join(rule.tags)}"] if rule.tags else []
+        about += [rule.comment] if rule.comment else []
+        print(f"  {rule.id}  {'enabled' if rule.enabled else 'disabled'}  " + "  ".join(about))
+    return 0
+
+
+def _history(arguments: argparse.Namespace) -> int:
+    index = open_index(configuration.load(arguments.config))
+    for row in index.rule_set_history():
+        print(
+            f"{row['version']:>4}  {row['created_at']:%Y-%m-%d %H:%M:%S}  {row['source']:8}  {row['sha256'][:12]}  "
+            f"{row['author']}  {row['comment']}".rstrip()
+        )
+    index.close()
+    return 0
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    index = open_index(configuration.load(arguments.config))
+    new = arguments.new or index.newest_rule_version()
+    old = arguments.old or max(new - 1, 1)
+    one, other = (index.rule_set_text(version, written=True).splitlines(keepends=True) for version in (old, new))
+    index.close()
+    print("".join(difflib.unified_diff(one, other, f"version {old}", f"version {new}")), end="")
+    return 0
+
+
+def _rollback(arguments: argparse.Namespace) -> int:
+    config = configuration.load(arguments.config)
+    index = open_index(config)
+    found = rules.parse(index.rule_set_text(arguments.version, written=True), f"version {arguments.version}")
+    index.close()
+    comment = arguments.comment or f"back to version {arguments.version}"
+    return _put(
+        config, check_against(config, found, f"version {arguments.version}"), source="rollback", comment=comment
+    )
+
+
+# ── what rules would do, and what they did ──
+
+
+def _test(arguments: argparse.Namespace) -> int:
+    config = configuration.load(arguments.config)
+    index = None if arguments.rules and arguments.dicom else open_index(config)
+    if arguments.rules:
+        found = check_against(config, rules.load(arguments.rules), str(arguments.rules))
+    else:
+        assert index is not None
+        version = index.newest_rule_version()
+        found = rules.parse(index.rule_set_text(version), f"version {version}")
+    refused: dict[str, str] = {}
+    if arguments.dicom:
+        held = _read(arguments.dicom, refused)
+    else:
+        assert index is not None
+        since = datetime.now(UTC) - _duration(arguments.last)
+        patients = index.patients_of(study=arguments.study) if arguments.study else index.patients_of(since=since)
+        held = [volume for patient in patients for volume in index.volumes_of(*patient)]
+    if index is not None:
+        index.close()
+    told = [_tried(found, each, brief=arguments.brief) for each in _by_patient(held)]
+    if arguments.json:
+        print(json.dumps({"decisions": told, "refused": refused}, indent=2))
+        return 0
+    pairs = sum(len(each["pairs"]) for each in told)
+    print(f"{pairs} pairs, {sum(len(each['reasons']) for each in told)} series in none, {len(refused)} refused")
+    for each in told:
+        print("\n".join(_decision_lines(each)))
+    for uid, reason in refused.items():
+        print(f"refused  {uid}: {reason}")
+    return 0
+
+
+def _tried(found: RuleSet, held: Sequence[VolumeRef], *, brief: bool) -> dict[str, Any]:
+    """What the rules would make of one patient's volumes, were they all there and quiet for long."""
+    long_after = max(each.last_received_at for each in held) + timedelta(days=3650)
+    decision = pairing.pair(found, held, now=long_after)
+    return {
+        "studies": sorted({each.study_instance_uid for each in held}),
+        "pairs": [_pair_told(each) for each in decision.pairs],
+        "to_settle": [_ambiguity_told(each) for each in decision.ambiguities],
+        "lacking_priors": [{"rule": rule, "study": study} for rule, study in decision.lacking_priors],
+        "reasons": dict(decision.reasons),
+        "trace": [] if brief else trace.as_json(decision.findings),
+    }
+
+
+def _pair_told(pair: Pair) -> dict[str, str]:
+    fixed = label((pair.fixed_series_instance_uid, pair.fixed_volume_number))
+    return {
+        "rule": pair.rule_id,
+        "fixed": fixed,
+        "moving": label((pair.moving_series_instance_uid, pair.moving_volume_number)),
+    }
+
+
+def _ambiguity_told(ambiguity: Ambiguity) -> dict[str, Any]:
+    return {
+        "rule": ambiguity.rule_id,
+        "reason": ambiguity.reason,
+        "fixed": [label(key) for key in ambiguity.fixed],
+        "moving": [label(key) for key in ambiguity.moving],
+    }
+
+
+def _decision_lines(told: dict[str, Any]) -> Iterator[str]:
+    yield f"\nstudies {', '.join(told['studies'])}"
+    for pair in told["pairs"]:
+        yield f"  pair  rule {pair['rule']}  fixed {pair['fixed']}  moving {pair['moving']}"
+    for item in told["to_settle"]:
+        yield f"  to be settled  rule {item['rule']}  {item['reason']}"
+    for each in told["lacking_priors"]:
+        yield f"  priors would be asked for  rule {each['rule']}  study {each['study']}"
+    for uid, reason in told["reasons"].items():
+        yield f"  none  {uid}: {reason}"
+    yield from ("  " + line for line in trace.as_text(told["trace"]))
+
+
+def _by_patient(held: Iterable[VolumeRef]) -> list[list[VolumeRef]]:
+    groups: dict[tuple[str, str], list[VolumeRef]] = defaultdict(list)
+    for volume in held:
+        groups[volume.patient_id.strip(), volume.issuer_of_patient_id.strip()].append(volume)
+    return list(groups.values())
+
+
+def _read(folder: Path, refused: dict[str, str]) -> list[VolumeRef]:
+    """The volumes of every series under a folder; why others are none goes into `refused`."""
+    if not folder.is_dir():
+        raise ConfigError(str(folder), "--dicom", "no folder", "a folder of DICOM files")
+    series: dict[str, list[Any]] = defaultdict(list)
+    for path in sorted(each for each in folder.rglob("*") if each.is_file()):
+        try:
+            (dataset,) = volumes.read_headers([path])
+        except (StudyError, InvalidDicomError) as error:
+            refused[path.name] = str(error)
+            continue
+        header = volumes.instance_header(dataset)
+        if header.is_own_output:
+            refused[header.series_instance_uid] = "the node's own output, or a registration object"
+        else:
+            series[header.series_instance_uid].append(dataset)
+    found = []
+    for uid, datasets in series.items():
+        try:
+            described = volumes.describe(datasets, last_received_at=datetime.now(UTC))
+        except StudyError as error:
+            refused[uid] = str(error)
+        else:
+            found += [volume for volume, _ in described.volumes]
+    return found
+
+
+def _duration(text: str) -> timedelta:
+    units = {"d": "days", "h": "hours", "m": "minutes"}
+    match = re.fullmatch(r"(\d{1,4})([dhm])", text)
+    if match is None:
+        raise ConfigError("rules test", "--last", text, "a number and d, h or m, such as 7d")
+    return timedelta(**{units[match[2]]: int(match[1])})
+
+
+def _why(arguments: argparse.Namespace) -> int:
+    index = open_index(configuration.load(arguments.config))
+    state = index.status()
+    rows = [r for r in state["series"] if arguments.uid in (r["series_instance_uid"], r["study_instance_uid"])]
+    if not rows:
+        index.close()
+        raise ConfigError("why", "UID", arguments.uid, "the UID of a series or study that was received")
+    uids = frozenset(row["series_instance_uid"] for row in rows)
+    jobs = [row for row in state["jobs"] if uids & {row["fixed"], row["moving"]}]
+    traces = index.traces_of(arguments.uid)
+    index.close()
+    for each in traces:
+        each["trace"] = [t for rule in each["trace"] if (t := trace.narrowed(rule, uids, each["rules"])) is not None]
+    if arguments.json:
+        told = {"series": rows, "jobs": jobs, "decisions": traces}
+        print(json.dumps(told, indent=2, default=str))
+        return 0
+    for row in rows:
+        print(f"series {row['series_instance_uid']}  {row['modality']}  {row['state']}  {row['reason']}".rstrip())
+    for job in jobs:
+        print(
+            f"  job {job['id']}  rule {job['rule_id']} version {job['rule_version']}  fixed {job['fixed']}  "
+            f"moving {job['moving']}  {job['state']}  {job['reason'] or ''}".rstrip()
+        )
+    for each in traces:
+        what = "last looked at" if each["rules"] is None else f"pair of {', '.join(each['rules'])} made"
+        print(f"{what} {each['decided_at']:%Y-%m-%d %H:%M:%S} UTC by rule set {each['rule_version']}")
+        print("\n".join("  " + line for line in trace.as_text(each["trace"])))
+    return 0
+
+
+# ── what a person decides ──
+
+
+def _settle(arguments: argparse.Namespace) -> int:
+    index = open_index(configuration.load(arguments.config))
+    if arguments.item is None:
+        for item in index.work_items():
+            print("\n".join(_item_lines(item)))
+        index.close()
+        return 0
+    item = index.work_item(arguments.item)
+    fixed = _chosen(arguments.fixed, item.ambiguity.fixed, "--fixed")
+    moving = [_chosen(each, item.ambiguity.moving, "--moving") for each in arguments.moving]
+    pairs = chosen_pairs(index, item, fixed, moving)
+    rule = rules.parse(index.rule_set_text(item.rule_version), "rules").rule(item.ambiguity.rule_id)
+    from dicomnode.workflow import JobQueue
+
+    queue, now = JobQueue(index.engine), datetime.now(UTC)
+    by = getpass.getuser() if os.environ.get("USER") else "command line"
+    jobs = index.settle(item, pairs, by=by, plan=rule.plan(now), enqueue=queue.enqueue, now=now)
+    queue.close()
+    index.close()
+    print(f"item {item.id} settled: {len(pairs)} pairs, jobs {', '.join(jobs) or 'none: they stood already'}")
+    return 0
+
+
+def chosen_pairs(index: Index, item: WorkItem, fixed: Key, moving: Sequence[Key]) -> list[Pair]:
+    """The pairs that a person chose among what an item offers.
+
+    Raises
+    ------
+    ConfigError
+        Nothing is moving, a volume twice, or the two may be different persons.
+    """
+    held = {key_of(each): each for each in index.volumes_of(*item.patient)}
+    if not moving or fixed in moving or len(set(moving)) < len(moving):
+        raise ConfigError("settle", "--moving", [label(key) for key in moving], "series other than --fixed, each once")
+    for key in (fixed, *moving):
+        if key not in held:
+            raise ConfigError("settle", "UID", label(key), "a series that is still here")
+        if persons := list(partners.identity(held[fixed], held[key])):
+            raise ConfigError("settle", "UID", label(key), f"series of one patient: {'; '.join(persons)}")
+    return [Pair(item.ambiguity.rule_id, fixed[0], each[0], fixed[1], each[1]) for each in moving]
+
+
+def _chosen(text: str | None, offered: Sequence[Key], option: str) -> Key:
+    named = {label(key): key for key in offered}
+    if text is None and len(offered) == 1:
+        return offered[0]
+    if text is None or text not in named:
+        raise ConfigError("settle", option, text or "nothing", f"one of {', '.join(named)}")
+    return named[text]
+
+
+def _item_lines(item: WorkItem) -> Iterator[str]:
+    about = item.ambiguity
+    yield f"item {item.id}  rule {about.rule_id} version {item.rule_version}  {item.created_at:%Y-%m-%d %H:%M:%S} UTC"
+    yield f"  {about.scope}: {about.reason}"
+    yield from (f"  --fixed {label(key)}" for key in about.fixed)
+    yield from (f"  --moving {label(key)}" for key in about.moving)
