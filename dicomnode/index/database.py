@@ -65,9 +65,20 @@ class Database:
         """
         config = alembic.config.Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-        with self._writing() as connection:
-            config.attributes["connection"] = connection
-            alembic.command.upgrade(config, revision)
+        try:
+            with _local_errors(), self.engine.connect() as connection:
+                is_sqlite = self.engine.dialect.name == "sqlite"
+                if is_sqlite:  # it alters a table by copy and drop, which would break what refers to its rows
+                    connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
+                    connection.commit()
+                    connection.exec_driver_sql("BEGIN IMMEDIATE")
+                config.attributes["connection"] = connection
+                alembic.command.upgrade(config, revision)
+                if is_sqlite and connection.exec_driver_sql("PRAGMA foreign_key_check").first() is not None:
+                    raise LocalError("database: a migration would break references; nothing was changed")
+                connection.commit()
+        finally:
+            self.engine.dispose()  # the next connections look after references again
 
     def close(self) -> None:
         """Give back every connection."""

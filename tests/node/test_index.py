@@ -224,6 +224,10 @@ def test_migrating_keeps_what_stands(tmp_path: Path) -> None:
 
     assert index.members_of("1.2", 0) == [(stored("1.2.1"), ())]
     assert index.pairs_of(["1.2"]) == [Pair("r", "1.2", "1.2")]
+    assert index.job("j").rule_id == "r"
+    assert index.rule_set_text(1, written=True) == "rules"
+    with index.engine.begin() as connection, pytest.raises(sa.exc.IntegrityError, match="FOREIGN KEY"):
+        connection.exec_driver_sql("delete from pair")
     index.close()
 
 
@@ -236,6 +240,7 @@ insert into instance values (1, 1, 1, '1.2.1', '1.2.840.10008.5.1.4.1.1.2', '1.2
 insert into volume values (1, '{{}}')
 insert into rule_set values (1, 'sha', 'rules', '2026-01-02 03:04:05.000000')
 insert into pair values (1, 'r', 1, 1, 1, '2026-01-02 03:04:05.000000')
+insert into job values ('j', 1, 'waiting', '', 0.0, null, 0, null, '', '{{}}', '2026-01-02 03:04:05.000000', null)
 """  # noqa: E501, S608
 
 
