@@ -300,15 +300,15 @@ def _read(folder: Path, refused: dict[str, str]) -> list[VolumeRef]:
     series: dict[str, list[Any]] = defaultdict(list)
     for path in sorted(each for each in folder.rglob("*") if each.is_file()):
         try:
-            (dataset,) = volumes.read_headers([path])
+            datasets = volumes.read_headers([path])
         except (StudyError, InvalidDicomError) as error:
             refused[path.name] = str(error)
             continue
-        header = volumes.instance_header(dataset)
+        header = volumes.instance_header(datasets[0])
         if header.is_own_output:
             refused[header.series_instance_uid] = "the node's own output, or a registration object"
         else:
-            series[header.series_instance_uid].append(dataset)
+            series[header.series_instance_uid] += datasets
     found = []
     for uid, datasets in series.items():
         try:
