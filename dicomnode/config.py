@@ -127,6 +127,17 @@ class NodeSection(Section):
     quiet_period_s: float = Field(
         default=30.0, strict=True, gt=0, description="A series is complete this long after its last instance, seconds."
     )
+    incomplete_wait_s: float = Field(
+        default=300.0,
+        strict=True,
+        ge=0,
+        description="A series that lacks slices, or instances its headers promise, is waited for this long, seconds.",
+    )
+    late_instances: Literal["rerun", "append", "ignore"] = Field(
+        default="rerun",
+        description="When instances come after their series was registered. rerun: complete it again and register it "
+        "again, the former jobs superseded; append: complete it again, pairs made stand; ignore: a note.",
+    )
 
 
 class DatabaseSection(Section):

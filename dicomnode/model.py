@@ -114,6 +114,15 @@ class SeriesActivity:
 
 
 @dataclass(frozen=True)
+class Promise:
+    """How many instances something says there should be, and how many of them are here."""
+
+    by: str
+    promised: int
+    received: int
+
+
+@dataclass(frozen=True)
 class Member:
     """One instance's part in a volume.
 

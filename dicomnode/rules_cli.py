@@ -399,7 +399,7 @@ def chosen_pairs(index: Index, item: WorkItem, fixed: Key, moving: Sequence[Key]
     for key in (fixed, *moving):
         if key not in held:
             raise ConfigError("settle", "UID", label(key), "a series that is still here")
-        if persons := list(partners.identity(held[fixed], held[key])):
+        if persons := [each.text for each in partners.identity(held[fixed], held[key]) if not each.passed]:
             raise ConfigError("settle", "UID", label(key), f"series of one patient: {'; '.join(persons)}")
     return [Pair(item.ambiguity.rule_id, fixed[0], each[0], fixed[1], each[1]) for each in moving]
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from dicomnode import completion, pairing, rules, trace, volumes
 from dicomnode.archive import Archive
-from dicomnode.errors import ConfigError, LocalError, StudyError, stack
+from dicomnode.errors import ConfigError, IncompleteSeriesError, LocalError, StudyError, stack
 from dicomnode.index import NOT_LOOKED_AT, Enqueue, Index
 from dicomnode.model import SeriesActivity, SeriesState, VolumeRef
 from dicomnode.rules import Rule, RuleSet
@@ -23,6 +24,8 @@ SHORT_QUEUE = 2
 """Jobs that may wait on the queue while a held one is let on; what must wait for its hours can wait its turn too."""
 LONGEST_HELD = timedelta(days=1)
 """A job held for longer is let on in its hours however long the queue is."""
+UNREADABLE_PAUSE = timedelta(seconds=30)
+"""After trouble with our disk or database, a series is tried again this much later."""
 
 Patient = tuple[str, str]
 """PatientID and IssuerOfPatientID."""
@@ -37,6 +40,10 @@ class Scheduler:
         What was received.
     quiet_period_s
         The node's quiet period; a rule's own overrides it for that rule.
+    incomplete_wait_s
+        How long a series that lacks something is waited for.
+    late_instances
+        rerun, append or ignore: what instances do that come after their series was paired.
     enqueue
         Puts a job on the durable queue within the index's transaction.
     """
@@ -47,6 +54,8 @@ class Scheduler:
         archive: Archive,
         *,
         quiet_period_s: float,
+        incomplete_wait_s: float = 300.0,
+        late_instances: str = "rerun",
         enqueue: Enqueue,
     ) -> None:
         self._index = index
@@ -54,19 +63,26 @@ class Scheduler:
         self._rules: RuleSet = rules.load(None)
         self._rule_version = self._newest_seen = 0
         self._quiet_period_s = quiet_period_s
+        self._incomplete_wait_s = incomplete_wait_s
+        self._late_instances = late_instances
         self._enqueue = enqueue
+        self._waiting: dict[str, tuple[SeriesActivity, datetime]] = {}
+        self._noted: dict[str, str] = {}
         since = datetime.now(UTC) - LOOK_BACK
         self._look_at: dict[Patient, datetime | None] = dict.fromkeys(index.patients_to_pair(since=since))
 
     def tick(self, now: datetime) -> None:
         """Do all that is due at `now`."""
         self._follow_rules(now)
+        self._settle_late(now)
         activities = self._index.activities()
         shortest_s = min([self._quiet_period_s, *pairing.quiet_periods_s(self._rules)])
         for activity in activities:
             if completion.is_complete(activity, now=now, quiet_s=shortest_s):
-                self._complete(activity)
-                self._look_at[activity.patient_id, activity.issuer_of_patient_id] = None
+                if self._is_due(activity, now) and self._complete(activity, shortest_s, now):
+                    self._look_at[activity.patient_id, activity.issuer_of_patient_id] = None
+            else:
+                self._note(activity, completion.stuck(activity, now=now))
         for patient, at in list(self._look_at.items()):
             if at is None or at <= now:
                 self._pair_or_say_why(patient, now)
@@ -106,28 +122,81 @@ class Scheduler:
             return self._rules.rule(rule_id)
         return rules.parse(self._index.rule_set_text(version), f"rule set {version}").rule(rule_id)
 
-    def _complete(self, activity: SeriesActivity) -> None:
-        """Read the series as one volume, or say why it is none."""
+    def _settle_late(self, now: datetime) -> None:
+        """Apply the policy to series that grew after they were paired."""
+        for uid, count in self._index.late_series().items():
+            came = f"{count} instances came after it was complete"
+            if self._late_instances == "ignore":
+                self._index.ignore_late(uid, f"{came}; they are stored, not used")
+            else:
+                supersede = self._late_instances == "rerun"
+                cancelled = self._index.reopen_series(uid, came, supersede=supersede, now=now)
+                for job_id in cancelled:
+                    log.info("job %s cancelled: superseded", job_id)
+            log.warning("series %s: %s; late_instances: %s", uid, came, self._late_instances)
+
+    def _is_due(self, activity: SeriesActivity, now: datetime) -> bool:
+        """False while nothing has changed since it was last looked at and its wait lasts."""
+        seen, until = self._waiting.get(activity.series_instance_uid, (None, now))
+        return seen != activity or now >= until
+
+    def _wait(self, activity: SeriesActivity, until: datetime, why: str) -> None:
+        self._waiting[activity.series_instance_uid] = activity, until
+        self._note(activity, f"waiting until {until:%Y-%m-%d %H:%M:%S} UTC: {why}")
+
+    def _note(self, activity: SeriesActivity, note: str) -> None:
+        """Show a note in `status`, written once."""
+        if note and self._noted.get(activity.series_instance_uid) != note:
+            self._noted[activity.series_instance_uid] = note
+            log.warning("series %s: %s", activity.series_instance_uid, note)
+            self._index.note_series(activity.series_instance_uid, note)
+
+    def _complete(self, activity: SeriesActivity, quiet_s: float, now: datetime) -> bool:
+        """Read the series as its volumes, or say why it has none; False while it is waited for."""
         uid = activity.series_instance_uid
         if self._index.is_own_output(uid):
-            reason = "the node's own output: never registered again"
-            self._index.complete_series(activity, state=SeriesState.UNPAIRED, reason=reason)
-            return
+            self._close(activity, SeriesState.UNPAIRED, "the node's own output: never registered again")
+            return True
+        described, problem, promised = volumes.Description(()), "", []
+        gap = ""
         try:
             datasets = volumes.read_headers([self._archive.path(each) for each in self._index.instances_of(uid)])
+            promised = volumes.promises(datasets)
             described = volumes.describe(datasets, last_received_at=activity.last_received_at)
+        except LocalError as error:
+            self._wait(activity, now + UNREADABLE_PAUSE, str(error))
+            return False
         except StudyError as error:
-            log.info("series %s refused: %s", uid, error)
-            self._index.complete_series(activity, state=SeriesState.REFUSED, reason=str(error))
+            problem = str(error)
+            gap = problem if isinstance(error, IncompleteSeriesError) and activity.instances > 2 else ""
         except Exception as error:  # one hostile series must not stop the others
             log.error("series %s cannot be read: %s\n%s", uid, type(error).__name__, stack(error))
-            reason = f"cannot be read: {type(error).__name__}: {error}"
-            self._index.complete_series(activity, state=SeriesState.REFUSED, reason=reason)
+            problem = f"cannot be read: {type(error).__name__}: {error}"
+        decision = completion.decide(
+            activity,
+            promises=promised,
+            gap=gap,
+            now=now,
+            quiet_s=quiet_s,
+            incomplete_wait_s=self._incomplete_wait_s,
+        )
+        if not decision.is_complete:
+            self._wait(activity, decision.look_again_at or now, decision.missing)
+            return False
+        short = f"complete as it is, with {decision.missing}" if decision.missing and not gap else ""
+        note = "; ".join(filter(None, [short, *described.notes]))
+        if problem:
+            log.info("series %s refused: %s", uid, problem)
+            self._close(activity, SeriesState.REFUSED, problem, note=note)
         else:
-            log.info("series %s complete: %d instances", uid, activity.instances)
-            self._index.complete_series(
-                activity, state=SeriesState.UNPAIRED, reason=NOT_LOOKED_AT, volumes=described.volumes
-            )
+            log.info("series %s complete: %d instances, %d volumes", uid, activity.instances, len(described.volumes))
+            self._close(activity, SeriesState.UNPAIRED, NOT_LOOKED_AT, note=note, volumes=described.volumes)
+        return True
+
+    def _close(self, activity: SeriesActivity, state: SeriesState, reason: str, **more: Any) -> None:
+        self._waiting.pop(activity.series_instance_uid, None)
+        self._noted.pop(activity.series_instance_uid, None)
+        self._index.complete_series(activity, state=state, reason=reason, **more)
 
     def _pair_or_say_why(self, patient: Patient, now: datetime) -> None:
         candidates = self._index.volumes_of(*patient)

@@ -57,6 +57,8 @@ def serve(config: Config, config_path: Path | None, stop: threading.Event) -> No
         index,
         archive,
         quiet_period_s=config.node.quiet_period_s,
+        incomplete_wait_s=config.node.incomplete_wait_s,
+        late_instances=config.node.late_instances,
         enqueue=queue.enqueue,
     )
     worker = WorkerProcess(config_path)

@@ -26,7 +26,7 @@ from dicomnode import objects, rules, volumes
 from dicomnode.archive import Archive
 from dicomnode.config import Config
 from dicomnode.errors import LocalError, RegistrationRejectedError, StudyError
-from dicomnode.index import Index
+from dicomnode.index import SUPERSEDED, Index
 from dicomnode.model import Instance, JobState, Product, Verdict
 from dicomnode.rules import Rule
 from dicomnode.verdict import judge
@@ -153,6 +153,8 @@ class Steps:
 
     def deliver(self, job_id: str) -> None:
         """Put every product on its way to every destination; the job is done with the same commit."""
+        if self._index.is_superseded(job_id):
+            raise RegistrationRejectedError(SUPERSEDED)
         names = [each.name for each in self._config.destinations]
         self._index.enqueue_deliveries(job_id, names, now=datetime.now(UTC))
         shutil.rmtree(self._jobs / job_id, ignore_errors=True)  # what is left, `sweep` removes

@@ -72,7 +72,7 @@ class Pairs(Decisions):
             return [_volume_ref(facts, is_fetched) for facts, is_fetched in connection.execute(query)]
 
     def pairs_of(self, series_instance_uids: Collection[str]) -> list[Pair]:
-        """Every pair one of these series is in."""
+        """Every standing pair one of these series is in."""
         fixed, moving = series.alias(), series.alias()
         query = (
             sa.select(
@@ -88,7 +88,8 @@ class Pairs(Decisions):
                 sa.or_(
                     fixed.c.series_instance_uid.in_(series_instance_uids),
                     moving.c.series_instance_uid.in_(series_instance_uids),
-                )
+                ),
+                pair.c.superseded_at.is_(None),
             )
         )
         with self._reading() as connection:
@@ -207,7 +208,8 @@ class Pairs(Decisions):
             "moving_series_id": moving_id,
             "moving_volume_number": new.moving_volume_number,
         }
-        if connection.scalar(sa.select(pair.c.id).where(*[pair.c[name] == value for name, value in volumes.items()])):
+        same = [pair.c[name] == value for name, value in volumes.items()]
+        if connection.scalar(sa.select(pair.c.id).where(*same, pair.c.superseded_at.is_(None))):
             return None
         about = {"rule_version": rule_version, "created_at": now, "decision_id": decision_id, "job_id": job_id}
         pair_id = inserted_key(connection.execute(pair.insert().values(**volumes, **about)))

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from dicomnode.errors import LocalError
 from dicomnode.index.database import Database, inserted_key, series_key, stored_instance, upsert
+from dicomnode.index.late import is_in_a_pair
 from dicomnode.index.tables import association, instance, patient, product, series, study, volume
 from dicomnode.model import Instance, InstanceHeader, Member, SeriesActivity, SeriesState, VolumeRef
 
@@ -95,6 +96,7 @@ class Receiving(Database):
                 "is_own_output": header.is_own_output,
                 "state": SeriesState.RECEIVING,
                 "reason": "",
+                "note": "",
                 "last_received_at": now,
             },
         )
@@ -106,7 +108,7 @@ class Receiving(Database):
                 last_received_at=now,
                 is_own_output=sa.or_(series.c.is_own_output, sa.literal(header.is_own_output)),
                 state=sa.case((is_paired, SeriesState.PAIRED), else_=SeriesState.RECEIVING),
-                reason=sa.case((is_paired, "instances came after it was paired; they are stored, not used"), else_=""),
+                reason=sa.case((is_paired, series.c.reason), else_=""),
             )
         )
         return series_id
@@ -188,6 +190,7 @@ class Receiving(Database):
         state: SeriesState,
         reason: str,
         volumes: Sequence[tuple[VolumeRef, Sequence[Member]]] = (),
+        note: str = "",
     ) -> bool:
         """Close a series as seen in `activity`; False, and nothing changed, if an instance came meanwhile.
 
@@ -195,6 +198,8 @@ class Receiving(Database):
         ----------
         volumes
             Its volumes in order of their numbers, each with the instances and frames it consists of.
+        note
+            What is missing of it or was left out; empty where nothing.
         """
         with self._writing() as connection:
             changed = connection.execute(
@@ -204,11 +209,17 @@ class Receiving(Database):
                     series.c.state == SeriesState.RECEIVING,
                     series.c.last_received_at == activity.last_received_at,
                 )
-                .values(state=state, reason=reason)
+                .values(state=state, reason=reason, note=note, complete_at=activity.last_received_at)
             )
             if changed.rowcount != 1:
                 return False
             series_id = series_key(connection, activity.series_instance_uid)
+            if state is SeriesState.UNPAIRED:  # late instances may have been appended to a series whose pairs stand
+                connection.execute(
+                    series.update()
+                    .where(series.c.id == series_id, is_in_a_pair())
+                    .values(state=SeriesState.PAIRED, reason="")
+                )
             connection.execute(volume.delete().where(volume.c.series_id == series_id))
             for facts, members in volumes:
                 values = asdict(facts)

@@ -24,7 +24,7 @@ class Status(Database):
             .order_by(study.c.id),
             "series": sa.select(
                 series.c.series_instance_uid, study.c.study_instance_uid, series.c.modality, series.c.state,
-                series.c.reason, count,
+                series.c.reason, series.c.note, count,
             )
             .join(study, series.c.study_id == study.c.id)
             .outerjoin(instance, instance.c.series_id == series.c.id)

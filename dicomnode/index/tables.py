@@ -88,7 +88,9 @@ series = sa.Table(
     sa.Column("is_fetched", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("state", sa.String(16), nullable=False, index=True),
     sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("note", sa.Text, nullable=False),
     sa.Column("last_received_at", UtcDateTime, nullable=False),
+    sa.Column("complete_at", UtcDateTime),  # when the last instance came that it was complete with
 )
 association = sa.Table(
     "association",
@@ -185,13 +187,17 @@ pair = sa.Table(
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("decision_id", sa.ForeignKey("decision.id"), index=True),
     sa.Column("job_id", sa.String(36), nullable=False, index=True),
-    sa.UniqueConstraint(
+    sa.Column("superseded_at", UtcDateTime),
+    sa.Index(
+        "uq_pair_standing",
         "rule_id",
         "fixed_series_id",
         "fixed_volume_number",
         "moving_series_id",
         "moving_volume_number",
-        name="uq_pair_rule_and_volumes",
+        unique=True,
+        sqlite_where=sa.text("superseded_at IS NULL"),
+        postgresql_where=sa.text("superseded_at IS NULL"),
     ),
 )
 job = sa.Table(

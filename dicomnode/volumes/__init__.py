@@ -5,6 +5,7 @@ was judged regular is what is registered. Nothing is repaired silently, and what
 
     reading    stored bytes → datasets           frames     a multi-frame instance → one dataset per frame
     geometry   slices → one regular grid         pixels     one decoder per transfer syntax, value scale, padding
+    promises   how many instances there should be
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ from dicomnode.volumes.geometry import (
     left_out_because,
 )
 from dicomnode.volumes.pixels import rescale, values
+from dicomnode.volumes.promises import promises
 from dicomnode.volumes.reading import SOFTWARE_NAME, instance_header, name, numbers, read, read_headers, text
 from registration_engine import Volume
 
 __all__ = [
     "MAX_VOXELS", "SOFTWARE_NAME", "Description", "Stack", "describe", "frame_number", "geometry", "instance_header",
-    "load", "read", "read_headers", "rescale", "single_frame_class",
+    "load", "promises", "read", "read_headers", "rescale", "single_frame_class",
 ]  # fmt: skip
 
 _BULK = {"OB", "OD", "OF", "OL", "OV", "OW", "SQ", "UN", "UT"}

@@ -30,6 +30,7 @@ from dicomnode.model import (
 )
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+LATER = NOW + timedelta(seconds=1)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -143,11 +144,62 @@ def test_a_late_instance_reopens_an_unpaired_series_and_only_notes_a_paired_one(
     complete(index)
 
     for series in ("1.2", "1.4"):
-        index.add_instance(stored(f"{series}.9"), header(series), association_id=1, now=NOW)
+        index.add_instance(stored(f"{series}.9"), header(series), association_id=1, now=LATER)
 
-    states = {row["series_instance_uid"]: (row["state"], row["reason"]) for row in index.status()["series"]}
-    assert states["1.2"] == ("paired", "instances came after it was paired; they are stored, not used")
-    assert states["1.4"] == ("receiving", "")
+    states = {row["series_instance_uid"]: row["state"] for row in index.status()["series"]}
+    assert (states["1.2"], states["1.4"]) == ("paired", "receiving")
+    assert index.late_series() == {"1.2": 1}
+
+
+def test_an_equal_duplicate_is_never_late(index: Index) -> None:
+    make_job(index)
+
+    again = index.add_instance(stored("1.2.1"), header("1.2"), association_id=1, now=LATER)
+
+    assert again is Added.EQUAL
+    assert index.late_series() == {}
+    assert index.activities() == []
+
+
+def test_ignored_late_instances_leave_a_note_and_are_late_once(index: Index) -> None:
+    make_job(index)
+    index.add_instance(stored("1.2.9"), header("1.2"), association_id=1, now=LATER)
+
+    index.ignore_late("1.2", "1 came late")
+
+    assert index.late_series() == {}
+    assert [row["note"] for row in index.status()["series"]] == ["1 came late", ""]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_superseded_pair_is_made_again_and_its_job_delivers_nothing(index: Index, begun: bool) -> None:
+    job_id = make_job(index)
+    if begun:
+        index.take_up_job(job_id, now=NOW)
+
+    cancelled = index.reopen_series("1.3", "grew", supersede=True, now=LATER)
+
+    assert cancelled == ([] if begun else [job_id])
+    assert index.job(job_id).state is (JobState.RUNNING if begun else JobState.CANCELLED)
+    assert index.is_superseded(job_id)
+    assert index.pairs_of(["1.2"]) == []
+    assert {row["series_instance_uid"]: row["state"] for row in index.status()["series"]} == {
+        "1.2": "unpaired", "1.3": "receiving",
+    }  # fmt: skip
+    complete(index)
+    (again,) = index.add_pairs([Pair("r", "1.2", "1.3")], {}, rule_version=1, enqueue=no_queue, now=LATER)
+    assert not index.is_superseded(again)
+
+
+def test_appended_instances_leave_pairs_standing(index: Index) -> None:
+    job_id = make_job(index)
+
+    index.reopen_series("1.3", "grew", supersede=False, now=LATER)
+    complete(index)
+
+    assert not index.is_superseded(job_id)
+    assert index.pairs_of(["1.3"]) == [Pair("r", "1.2", "1.3")]
+    assert {row["state"] for row in index.status()["series"]} == {"paired"}
 
 
 def test_facts_come_back_as_they_were(index: Index) -> None:
