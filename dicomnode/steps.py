@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import BinaryIO
@@ -30,7 +30,7 @@ from dicomnode.index import SUPERSEDED, Index
 from dicomnode.model import Instance, JobState, Product, Verdict
 from dicomnode.rules import Rule
 from dicomnode.verdict import judge
-from registration_engine import DisplacementField, Grid, Registration, Report
+from registration_engine import DisplacementField, Grid, Preset, Registration, Report
 
 PROGRESS_EVERY_S = 1.0
 STORED = tuple(Instance.__dataclass_fields__)
@@ -99,7 +99,7 @@ class Steps:
             registration = registration_engine.register(
                 fixed,
                 moving,
-                preset=self._rule(job_id).preset(self._config.worker.preset),
+                preset=self._preset(job_id),
                 device=self._config.worker.device,
                 progress=self._progress(job_id),
             )
@@ -145,19 +145,30 @@ class Steps:
                 device_class=report.device.split(":")[0],
                 created_at=result.registered_at,
                 model_sha256=report.model_sha256,
-                parameters={"seed": report.seed},
+                parameters={"seed": report.seed, **rule.registration.parameters},
             ),
             warning=job.reason,
+            store_in=rule.store_in,
         )
         self._index.add_products([Product(job_id, kind, self._archive.keep_dataset(dataset)) for kind, dataset in made])
 
     def deliver(self, job_id: str) -> None:
-        """Put every product on its way to every destination; the job is done with the same commit."""
+        """Put every product on its way to the rule's destinations, or to all; the job is done with the same commit."""
         if self._index.is_superseded(job_id):
             raise RegistrationRejectedError(SUPERSEDED)
-        names = [each.name for each in self._config.destinations]
+        configured = [each.name for each in self._config.destinations]
+        asked = self._rule(job_id).destinations
+        names = configured if asked is None else list(asked)
+        if missing := sorted(set(names) - set(configured)):
+            raise StudyError(f"destination {', '.join(missing)} of the rule is not configured any more")
         self._index.enqueue_deliveries(job_id, names, now=datetime.now(UTC))
         shutil.rmtree(self._jobs / job_id, ignore_errors=True)  # what is left, `sweep` removes
+
+    def _preset(self, job_id: str) -> Preset:
+        """The rule's preset, or the node's, with the rule's own parameters."""
+        rule = self._rule(job_id)
+        preset = registration_engine.PRESETS[rule.preset(self._config.worker.preset)]
+        return replace(preset, **rule.registration.parameters)
 
     def _rule(self, job_id: str) -> Rule:
         """The rule that made the job's pair, in the version that made it."""

@@ -35,6 +35,7 @@ def build(
     outputs: Collection[str],
     provenance: Provenance,
     warning: str = "",
+    store_in: str = "fixed_study",
 ) -> Iterator[tuple[str, Dataset]]:
     """Make the objects of one pair, one at a time: registration objects first, then the slices of the series.
 
@@ -48,6 +49,8 @@ def build(
         Some of `OUTPUTS`.
     warning
         Why the verdict was a warning, to be written into the objects; empty where it was not.
+    store_in
+        fixed_study, moving_study or newest: whose study the objects go to.
 
     Yields
     ------
@@ -64,7 +67,7 @@ def build(
         raise ValueError(f"outputs: got {sorted(unknown)}, expected some of {', '.join(OUTPUTS)}")
     if not registration.grid.is_same_as(fixed.grid):
         raise ValueError(f"registration: is on a grid of shape {registration.grid.shape}, expected the fixed series'")
-    subject = Subject(fixed, moving, provenance, registration.displacement is not None, warning)
+    subject = Subject(fixed, moving, provenance, registration.displacement is not None, warning, store_in)
     return _tolerant(_made(subject, moving_volume, registration, sampled, set(outputs)))
 
 

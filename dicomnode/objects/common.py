@@ -133,6 +133,8 @@ class Subject:
         The registration has more than a linear part.
     warning
         Why the verdict was a warning; empty where it was not.
+    store_in
+        fixed_study, moving_study or newest: whose study the objects go to.
 
     Raises
     ------
@@ -145,6 +147,15 @@ class Subject:
     provenance: Provenance
     is_deformable: bool
     warning: str = ""
+    store_in: str = "fixed_study"
+
+    @property
+    def home(self) -> Dataset:
+        """An instance of the study that the objects go to: the fixed or moving series', or of the newer examination."""
+        fixed, moving = self.fixed.first, self.moving.first
+        if self.store_in == "newest":
+            return moving if _day(moving) > _day(fixed) else fixed
+        return moving if self.store_in == "moving_study" else fixed
 
     def __post_init__(self) -> None:
         fixed, moving = self.fixed.first, self.moving.first
@@ -183,7 +194,7 @@ class Subject:
 def registration_object(
     subject: Subject, sop_class_uid: UID, kind: str, *, number: int, label: str, text: str
 ) -> Dataset:
-    """Everything of a registration object but its registration module; modality REG, in the fixed study.
+    """Everything of a registration object but its registration module; modality REG, in the study `subject.home` is of.
 
     Parameters
     ----------
@@ -194,7 +205,7 @@ def registration_object(
     """
     fixed = subject.fixed.first
     dataset = new_dataset(sop_class_uid, subject.uid(kind))
-    copy_patient_and_study(fixed, dataset)
+    copy_patient_and_study(subject.home, dataset)
     set_times(dataset, fixed, subject.provenance.created_at)
     dataset.SpecificCharacterSet = character_set(subject)
     dataset.SeriesInstanceUID = subject.uid(f"{kind} series")
@@ -220,6 +231,11 @@ def registration_object(
     refer(dataset, [(series.first, series.references()) for series in (subject.fixed, subject.moving)])
     dataset.remove_private_tags()  # those within copied sequences
     return dataset
+
+
+def _day(dataset: Dataset) -> tuple[str, str]:
+    """Date and time of the examination, to compare."""
+    return str(dataset.get("StudyDate") or ""), str(dataset.get("StudyTime") or "")
 
 
 def new_dataset(sop_class_uid: UID, sop_instance_uid: UID) -> Dataset:

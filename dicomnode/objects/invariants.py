@@ -34,7 +34,7 @@ def check(dataset: Dataset, subject: Subject, *, also: Dataset | None = None) ->
     elif dataset.SOPClassUID != SpatialRegistrationStorage:
         _require(len(dataset.PixelData) == 2 * dataset.Rows * dataset.Columns, dataset, "pixel bytes")
     _require(dataset.FrameOfReferenceUID == subject.fixed.frame_of_reference_uid, dataset, "Frame of Reference")
-    _require(dataset.StudyInstanceUID == subject.fixed.first.StudyInstanceUID, dataset, "study")
+    _require(dataset.StudyInstanceUID == subject.home.StudyInstanceUID, dataset, "study")
     return dataset
 
 

@@ -157,7 +157,7 @@ def _template(subject: Subject, scale: Scale) -> Dataset:
     acquisition = [e for e in moving.group_dataset(0x0018) if e.keyword not in _GEOMETRY]
     for element in (*(moving[keyword] for keyword in _KEPT if keyword in moving), *acquisition):
         dataset.add(copy.deepcopy(element))
-    copy_patient_and_study(fixed, dataset)
+    copy_patient_and_study(subject.home, dataset)
     set_times(dataset, moving, subject.provenance.created_at)
     image_type = [str(value) for value in moving.get("ImageType") or []]
     dataset.ImageType = ["DERIVED", "SECONDARY", *(image_type[2:] or ["AXIAL" if _is_ct(moving) else "OTHER"])]

@@ -142,6 +142,19 @@ def test_patient_and_study_are_the_fixed_ones() -> None:
         assert "PatientAge" not in made
 
 
+@pytest.mark.parametrize("store_in", ["fixed_study", "moving_study", "newest"])
+def test_objects_go_to_the_study_that_the_rule_names(store_in: str) -> None:
+    fixed, moving = phantoms.make_pair(shape=SMALL, same_study=False)
+    for dataset in moving:
+        dataset.StudyDate = "20991231"
+
+    made = [dataset for _, dataset in make_objects(fixed, moving, store_in=store_in)]
+
+    home = fixed[0] if store_in == "fixed_study" else moving[0]
+    assert {dataset.StudyInstanceUID for dataset in made} == {home.StudyInstanceUID}
+    assert {dataset.FrameOfReferenceUID for dataset in made} == {fixed[0].FrameOfReferenceUID}
+
+
 def test_times_are_written_in_the_zone_the_images_state() -> None:
     fixed, moving = phantoms.make_pair(shape=SMALL, header={"TimezoneOffsetFromUTC": "-0330"})
 
