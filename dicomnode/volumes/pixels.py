@@ -6,6 +6,7 @@ sees it. Values are those of the standard's Rescale Slope and Intercept of each 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -33,13 +34,14 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from dicomnode.errors import UnsupportedImageError
+from dicomnode.errors import StudyError, UnsupportedImageError
 from dicomnode.volumes.frames import Frame, frame_number
 from dicomnode.volumes.reading import name, numbers, text
 
 MAX_FRAME_PIXELS = 2**27
 AIR_HU = -1024.0
 
+DEFLATED_FRAMES = UID("1.2.840.10008.1.2.8.1")
 DECODERS = {
     JPEGBaseline8Bit: "gdcm",
     JPEGExtended12Bit: "gdcm",
@@ -73,8 +75,11 @@ def values(datasets: Sequence[Dataset], shape: tuple[int, int]) -> Iterator[npt.
         rescaled = stored * np.float64(slope) + intercept
         padding = _padding(dataset, stored)
         if padding is not None and padding.any():
-            is_ct = text(dataset, "Modality") == "CT"
-            rescaled[padding] = AIR_HU if is_ct else rescaled.min(where=~padding, initial=rescaled.max())
+            if text(dataset, "Modality") == "CT":
+                rescaled[padding] = AIR_HU
+            else:
+                darkest = rescaled.min(where=~padding, initial=rescaled.max())
+                rescaled[padding] = np.minimum(rescaled[padding], darkest)
         yield rescaled
 
 
@@ -97,7 +102,7 @@ def stored_values(datasets: Sequence[Dataset]) -> Iterator[npt.NDArray[Any]]:
                 _check_bounds(parent)
                 for dataset, decoded in zip(group, _decoded(parent, syntax, group), strict=True):
                     yield _in_range(dataset, decoded, syntax)
-        except UnsupportedImageError:
+        except StudyError:
             raise
         except Exception as error:  # every codec has its own; what matters is which syntax it was
             what = f"pixels in {syntax.name or 'no transfer syntax'} cannot be decoded"
@@ -135,12 +140,16 @@ def _check_bounds(parent: Dataset) -> None:
 
 def _decoded(parent: Dataset, syntax: UID, group: Sequence[Dataset]) -> Iterator[npt.NDArray[Any]]:
     indices = [max(frame_number(dataset), 1) - 1 for dataset in group]
+    if syntax == DEFLATED_FRAMES:
+        yield from (_inflated(parent, coded) for coded in _coded(parent, indices))
+        return
     if syntax not in DECODERS:
         if syntax.is_compressed and not syntax.is_deflated:
             raise UnsupportedImageError(
                 f"{name([parent])}: pixels in {syntax.name}, for which there is no decoder here"
             )
-        yield from iter_pixels(parent, indices=indices, raw=True)
+        # pydicom would take the lowest bits, wherever High Bit is
+        yield from iter_pixels(parent, indices=indices, raw=True, correct_unused_bits=False)
         return
     if syntax != RLELossless:
         for coded in _coded(parent, indices):
@@ -188,6 +197,19 @@ def _coded_size(coded: bytes) -> tuple[int, int] | None:
 
 
 _FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
+
+
+def _inflated(parent: Dataset, coded: bytes) -> npt.NDArray[Any]:
+    """A frame of Deflated Image Frame Compression (PS3.5 A.4.13), of one sample in whole bytes."""
+    rows, columns, bits = int(parent.Rows), int(parent.Columns), int(parent.BitsAllocated)
+    if int(parent.SamplesPerPixel) != 1 or bits not in (8, 16, 32):
+        raise UnsupportedImageError(f"{name([parent])}: deflated frames of {bits} bits, expected monochrome in bytes")
+    size = rows * columns * bits // 8
+    inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(coded, size + 2)
+    if len(inflated) - size not in (0, 1):  # padded to an even length
+        raise UnsupportedImageError(f"{name([parent])}: a deflated frame of {len(inflated)} bytes, expected {size}")
+    kind = "i" if int(parent.PixelRepresentation) else "u"
+    return np.frombuffer(inflated[:size], f"<{kind}{bits // 8}").reshape(rows, columns)
 
 
 def _decoded_12_bit(parent: Dataset, coded: bytes) -> npt.NDArray[np.uint16]:

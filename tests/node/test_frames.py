@@ -1,0 +1,201 @@
+"""Multi-frame instances read like the single-frame series that they hold."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import phantoms
+import pytest
+from pydicom import Dataset
+from pydicom.dataset import FileDataset
+from pydicom.uid import (
+    UID,
+    EnhancedCTImageStorage,
+    EnhancedMRImageStorage,
+    EnhancedPETImageStorage,
+    LegacyConvertedEnhancedCTImageStorage,
+    PositronEmissionTomographyImageStorage,
+    RLELossless,
+)
+
+from dicomnode import volumes
+from dicomnode.errors import StudyError, UnsupportedImageError
+from dicomnode.model import Member
+from dicomnode.volumes.frames import frames_of
+
+WHEN = datetime(2025, 1, 2, tzinfo=UTC)
+CLASSES = {
+    "CT": EnhancedCTImageStorage,
+    "MR": EnhancedMRImageStorage,
+    "PT": EnhancedPETImageStorage,
+    "legacy CT": LegacyConvertedEnhancedCTImageStorage,
+}
+
+
+def item(**elements: Any) -> Dataset:
+    made = Dataset()
+    for keyword, value in elements.items():
+        setattr(made, keyword, value)
+    return made
+
+
+def enhanced(series: Sequence[FileDataset], sop_class: UID, *, of_frame: Sequence[dict[str, Any]]) -> FileDataset:
+    """One multi-frame instance of a single-frame series; `of_frame` adds functional groups frame by frame."""
+    made = copy.deepcopy(series[0])
+    made.SOPClassUID = made.file_meta.MediaStorageSOPClassUID = sop_class
+    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope",
+                    "RescaleIntercept", "InstanceNumber", "AcquisitionNumber", "SliceThickness"):  # fmt: skip
+        if keyword in made:
+            delattr(made, keyword)
+    made.NumberOfFrames = len(series)
+    first = series[0]
+    made.SharedFunctionalGroupsSequence = [
+        item(
+            PixelMeasuresSequence=[item(PixelSpacing=first.PixelSpacing, SliceThickness=5)],
+            PlaneOrientationSequence=[item(ImageOrientationPatient=first.ImageOrientationPatient)],
+        )
+    ]
+    made.PerFrameFunctionalGroupsSequence = [
+        item(
+            PlanePositionSequence=[item(ImagePositionPatient=dataset.ImagePositionPatient)],
+            PixelValueTransformationSequence=[
+                item(RescaleSlope=dataset.get("RescaleSlope", 1), RescaleIntercept=dataset.get("RescaleIntercept", 0))
+            ],
+            **more,
+        )
+        for dataset, more in zip(series, of_frame, strict=True)
+    ]
+    made.PixelData = b"".join(dataset.PixelData for dataset in series)
+    return made
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_multi_frame_volume_is_the_single_frame_one(kind: str, compressed: bool, tmp_path: Path) -> None:
+    series = phantoms.make_series(modality="MR" if kind == "MR" else "CT", oblique=True)
+    for n, dataset in enumerate(series):
+        dataset.RescaleSlope, dataset.RescaleIntercept = 1 + n, -n  # of each frame its own
+        if kind == "PT":
+            dataset.SOPClassUID, dataset.Modality = PositronEmissionTomographyImageStorage, "PT"
+    instance = enhanced(series, CLASSES[kind], of_frame=[{}] * 20)
+    if compressed:
+        instance.compress(RLELossless)
+    instance.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+
+    ((described, members),) = volumes.describe(
+        volumes.read_headers([tmp_path / "a.dcm"]), last_received_at=WHEN
+    ).volumes
+    volume = volumes.load(volumes.read([tmp_path / "a.dcm"]))
+
+    wanted = volumes.load(series)
+    assert np.allclose(volume.grid.affine, wanted.grid.affine)
+    assert np.array_equal(volume.voxels, wanted.voxels)
+    assert described.shape == (20, 48, 56)
+    assert members == (Member(str(instance.SOPInstanceUID), tuple(range(1, 21))),)
+
+
+def test_the_functional_groups_stand_in_the_header_under_their_single_frame_names() -> None:
+    series = phantoms.make_series(modality="MR", header={"EchoTime": None, "FlipAngle": None})
+    frame = {
+        "MREchoSequence": [item(EffectiveEchoTime=4.6)],
+        "MRTimingAndRelatedParametersSequence": [item(FlipAngle=12.0)],
+        "MRImageFrameTypeSequence": [item(FrameType=["ORIGINAL", "PRIMARY", "M", "NONE"])],
+    }
+    instance = enhanced(series, EnhancedMRImageStorage, of_frame=[frame] * 20)
+
+    ((described, _),) = volumes.describe(frames_of(instance), last_received_at=WHEN).volumes
+
+    assert described.header["EchoTime"] == 4.6
+    assert described.header["FlipAngle"] == 12.0
+    assert described.header["ImageType"] == ["ORIGINAL", "PRIMARY", "M", "NONE"]
+
+
+def test_the_phases_of_one_instance_are_volumes_of_their_frames(tmp_path: Path) -> None:
+    phases = [phantoms.make_series(modality="MR", phase=phase) for phase in ("native", "arterial", "portal")]
+    interleaved = [dataset for same_place in zip(*phases, strict=True) for dataset in same_place]
+    groups = [
+        {
+            "FrameContentSequence": [
+                item(TemporalPositionIndex=n % 3 + 1, FrameAcquisitionDateTime=f"2026030110153{3 * (n % 3)}")
+            ]
+        }
+        for n in range(60)
+    ]
+    instance = enhanced(interleaved, EnhancedMRImageStorage, of_frame=groups)
+    instance.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+
+    described = volumes.describe(volumes.read_headers([tmp_path / "a.dcm"]), last_received_at=WHEN).volumes
+
+    assert [volume.split_by for volume, _ in described] == [{"TemporalPositionIndex": n} for n in (1, 2, 3)]
+    assert [volume.phase_time_s for volume, _ in described] == [0, 3, 6]
+    for phase, (_, (member,)) in zip(phases, described, strict=True):
+        loaded = volumes.load(volumes.read([tmp_path / "a.dcm"], [member.frames]))
+        assert np.array_equal(loaded.voxels, volumes.load(phase).voxels)
+
+
+@pytest.mark.parametrize("count", ["19", "2147483647", ""])
+def test_frames_that_do_not_match_their_groups_are_refused(count: str) -> None:
+    instance = enhanced(phantoms.make_series(), EnhancedCTImageStorage, of_frame=[{}] * 20)
+    instance.NumberOfFrames = count or None
+
+    with pytest.raises(UnsupportedImageError, match=f"{count or 'no'} frames by Number of Frames and 20 by functional"):
+        frames_of(instance)
+
+
+def test_a_frame_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    instance = enhanced(phantoms.make_series(), EnhancedCTImageStorage, of_frame=[{}] * 20)
+    instance.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+
+    with pytest.raises(UnsupportedImageError, match="has 20 frames, expected frame 21"):
+        volumes.read([tmp_path / "a.dcm"], [(3, 21)])
+
+
+def test_positions_rounded_to_a_tenth_of_a_millimetre_are_no_irregularity() -> None:
+    series = phantoms.make_series(spacing_mm=(0.625, 4.0, 4.0))
+    exact = volumes.load(series).grid.affine
+    for dataset in series:
+        dataset.ImagePositionPatient = [round(float(value), 1) for value in dataset.ImagePositionPatient]
+
+    grid = volumes.load(series).grid
+
+    assert np.abs(grid.points_mm(np.array([19.0, 0, 0])) - (exact @ [19, 0, 0, 1])[:3]).max() <= 0.06
+
+
+@pytest.mark.parametrize("size", [5.0, 0.625])
+def test_a_slice_that_is_out_of_place_by_more_than_its_tolerance_is_refused(size: float) -> None:
+    series = phantoms.make_series(spacing_mm=(size, 4.0, 4.0))
+    series[7].ImagePositionPatient[2] += max(0.03 * size, 0.09)
+
+    with pytest.raises(StudyError, match="slice spacing varies from"):
+        volumes.describe(series, last_received_at=WHEN)
+
+
+def test_a_strange_image_among_slices_is_left_out_and_named() -> None:
+    series = phantoms.make_series()
+    stray = copy.deepcopy(series[0])
+    stray.ImageOrientationPatient, stray.SOPInstanceUID = [0, 1, 0, 0, 0, -1], "1.2.3"
+    colour = copy.deepcopy(series[3])
+    colour.PhotometricInterpretation, colour.SamplesPerPixel, colour.SOPInstanceUID = "RGB", 3, "1.2.4"
+
+    described = volumes.describe([colour, *series, stray], last_received_at=WHEN)
+
+    ((volume, members),) = described.volumes
+    assert (volume.shape, len(members)) == ((20, 48, 56), 20)
+    assert described.notes[0] == "left out: 1 images: RGB, expected monochrome"
+    assert described.notes[1].startswith("left out: 1 images of one plane: ")
+
+
+def test_two_orientations_in_one_series_are_two_volumes() -> None:
+    axial, oblique = phantoms.make_series(), phantoms.make_series(oblique=True)
+    for dataset in oblique:
+        dataset.SeriesInstanceUID = axial[0].SeriesInstanceUID
+
+    described = volumes.describe([*axial, *oblique], last_received_at=WHEN)
+
+    assert [tuple(volume.split_by) for volume, _ in described.volumes] == [("ImageOrientationPatient", "Rows")] * 2
+    assert [len(members) for _, members in described.volumes] == [20, 20]
