@@ -8,6 +8,9 @@
     distill        stage 2                                 checkpoint   weights on disk
     field          compose, smooth, invert, Jacobian      metrics    what the report says
     engine         register(): all of it in order         presets    the table of named values
+    evaluation     measures from outside, of any field    patches    the patch-wise mutual information map
+    report         evaluate(): table and pictures         pictures   overlays, maps, curves
+    dynamic        register_4d(): all phases of a series
     resampling     warp()                                 files, cli NIfTI, MHA and NRRD from the command line
 
 `register` and `warp` are loaded when first asked for: a program that only describes volumes needs no torch.

@@ -1,4 +1,4 @@
-"""`registration-engine`: register two image files, or warp one through a field.
+"""`registration-engine`: register image files, warp one through a field, judge what was found.
 
 Exit status: 0 done, 2 bad input, 3 no plausible result. One line on stderr says why.
 """
@@ -10,17 +10,27 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from registration_engine.dynamic import reference_number, region_mean, register_4d
 from registration_engine.engine import register
 from registration_engine.errors import (
     ImplausibleResultError,
+    InvalidRequestError,
     NoOverlapError,
     OutOfDeviceMemoryError,
     RegistrationError,
 )
-from registration_engine.files import read_field, read_volume, write_field, write_volume
+from registration_engine.files import VolumeFiles, read_field, read_volume, write_field, write_volume
+from registration_engine.prepare import prepared
 from registration_engine.presets import PRESETS
+from registration_engine.report import evaluate, read_landmarks, write_evaluation, write_uptake
 from registration_engine.resampling import warp
+from registration_engine.volume import DisplacementField, Volume
 
 DONE, FAILED, BAD_INPUT, NO_PLAUSIBLE_RESULT = 0, 1, 2, 3
 
@@ -29,10 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        if options.command == "register":
-            _register(options)
-        else:
-            _warp(options)
+        return _COMMANDS[options.command](options)
     except (ImplausibleResultError, NoOverlapError) as error:
         return _fail(NO_PLAUSIBLE_RESULT, error)
     except OutOfDeviceMemoryError as error:
@@ -41,10 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(BAD_INPUT, error)
     except OSError as error:
         return _fail(BAD_INPUT, error)
-    return DONE
 
 
-def _register(options: argparse.Namespace) -> None:
+def _register(options: argparse.Namespace) -> int:
     fixed, moving = read_volume(options.fixed), read_volume(options.moving)
     registration = register(
         fixed,
@@ -63,12 +69,99 @@ def _register(options: argparse.Namespace) -> None:
         write_field(options.out_field, field)
     if options.report:
         options.report.write_text(json.dumps(registration.report.as_dict(), indent=2) + "\n", encoding="utf-8")
+    return DONE
 
 
-def _warp(options: argparse.Namespace) -> None:
+def _warp(options: argparse.Namespace) -> int:
     field, image = read_field(options.field), read_volume(options.image)
     warped = warp(image, field, field.grid, outside=options.outside, interpolation=options.interpolation)
     write_volume(options.out, warped)
+    return DONE
+
+
+def _register_4d(options: argparse.Namespace) -> int:
+    phases = VolumeFiles(options.phases)
+    middle = reference_number(options.reference, len(phases))
+    fixed = phases[middle]
+    region = _region(fixed, options.region)
+    options.out.mkdir(parents=True, exist_ok=True)
+    before = [region_mean(phase, fixed.grid, region) for phase in phases]
+    after, reports, failed = [float("nan")] * len(phases), dict[str, Any](), 0
+    after[middle] = before[middle]
+
+    found = register_4d(
+        phases,
+        reference=middle,
+        preset=options.preset,
+        device=options.device,
+        seed=options.seed,
+        progress=_tell_stage,
+    )
+    for phase in found:
+        name = f"phase_{phase.number:0{len(str(len(phases) - 1))}d}"
+        if phase.registration is None:
+            reports[name] = {"error": str(phase.error)}
+            failed += 1
+            print(f"registration-engine: {options.phases[phase.number]}: {phase.error}", file=sys.stderr)
+            continue
+        field, moving = phase.registration.total_field(), phases[phase.number]
+        image = warp(moving, field, fixed.grid, outside=float(moving.voxels.min()))
+        write_volume(options.out / f"{name}.nii.gz", image)
+        write_field(options.out / f"{name}_field.nii.gz", field)
+        after[phase.number] = region_mean(moving, fixed.grid, region, field)
+        reports[name] = phase.registration.report.as_dict()
+    told = {"reference": middle, "phases": dict(sorted(reports.items()))}
+    (options.out / "report.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    write_uptake(options.out, before, after)
+    return NO_PLAUSIBLE_RESULT if failed else DONE
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    if len(options.moving) != len(options.field):
+        raise InvalidRequestError(
+            f"Got {len(options.moving)} moving images and {len(options.field)} fields, expected one field for each"
+        )
+    if (options.fixed_labels is None) != (options.moving_labels is None):
+        raise InvalidRequestError("Labels: got one of --fixed-labels and --moving-labels, expected both or none")
+    labels = None
+    if options.fixed_labels:
+        labels = read_volume(options.fixed_labels), read_volume(options.moving_labels)
+    landmarks = read_landmarks(options.landmarks) if options.landmarks else None
+    backward = read_field(options.backward_field) if options.backward_field else None
+    if len(options.moving) > 1 and (labels or landmarks or backward):
+        raise InvalidRequestError("Labels, landmarks and a backward field belong to one moving image, got several")
+    fixed = read_volume(options.fixed)
+    region = _region(fixed, options.region)
+    before, after = [], []
+    for number, (image, field_file) in enumerate(zip(options.moving, options.field, strict=True)):
+        moving, field = read_volume(image), read_field(field_file)
+        found = evaluate(fixed, moving, field, region, labels=labels, landmarks_mm=landmarks, backward=backward)
+        folder = options.out if len(options.moving) == 1 else options.out / f"{number:03d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_evaluation(folder, found, region)
+        before.append(region_mean(moving, fixed.grid, region))
+        after.append(region_mean(moving, fixed.grid, region, field))
+        print(found.table(), end="")
+    if len(options.moving) > 1:
+        write_uptake(options.out, before, after)
+    return DONE
+
+
+def _region(fixed: Volume, mask: Path | None) -> npt.NDArray[np.bool_]:
+    """Where to measure: the mask, or the body as the engine sees it."""
+    given = read_volume(mask) if mask else None
+    if given is None:
+        return np.asarray(prepared(fixed, None, "Fixed", torch.device("cpu")).foreground[0].numpy() > 0)
+    still = DisplacementField(np.zeros((*fixed.grid.shape, 3), np.float32), fixed.grid)
+    return np.asarray(warp(given, still, fixed.grid, interpolation="nearest").voxels > 0)
+
+
+def _tell_stage(phase: int, stage: str, part: float) -> None:
+    if part == 0:
+        print(f"phase {phase}: {stage}", file=sys.stderr)
+
+
+_COMMANDS = {"register": _register, "warp": _warp, "register-4d": _register_4d, "evaluate": _evaluate}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,6 +188,30 @@ def _parser() -> argparse.ArgumentParser:
     warp_.add_argument("--out", type=Path, required=True)
     warp_.add_argument("--interpolation", choices=("linear", "nearest"), default="linear")
     warp_.add_argument("--outside", type=float, default=0.0, help="value outside the image (default: 0)")
+
+    series = commands.add_parser("register-4d", help="register every phase of a dynamic series to one of them")
+    series.add_argument("phases", nargs="+", type=Path, metavar="PHASE", help="in order of time")
+    series.add_argument("--reference", default="middle", help="middle (n // 2), first or a zero-based number")
+    series.add_argument("--out", type=Path, required=True, help="folder for images, fields, report and uptake curves")
+    series.add_argument("--region", type=Path, help="uptake is measured where this is above 0 (default: the body)")
+    series.add_argument("--preset", default="balanced", help=f"{', '.join(PRESETS)} (default: balanced)")
+    series.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    series.add_argument("--seed", type=int, default=0)
+
+    evaluate_ = commands.add_parser("evaluate", help="measure and picture a registration, whoever made it")
+    evaluate_.add_argument("--fixed", type=Path, required=True)
+    evaluate_.add_argument("--moving", type=Path, required=True, nargs="+", help="several: the phases of a series")
+    evaluate_.add_argument(
+        "--field", type=Path, required=True, nargs="+", help="total displacement, one per moving image"
+    )
+    evaluate_.add_argument("--out", type=Path, required=True, help="folder for evaluation.json, table.csv and pictures")
+    evaluate_.add_argument("--fixed-labels", type=Path)
+    evaluate_.add_argument("--moving-labels", type=Path)
+    evaluate_.add_argument(
+        "--landmarks", type=Path, help="CSV: fixed_x,fixed_y,fixed_z,moving_x,moving_y,moving_z; LPS mm"
+    )
+    evaluate_.add_argument("--region", type=Path, help="measure where this is above 0 (default: the body)")
+    evaluate_.add_argument("--backward-field", type=Path, help="from moving to fixed, for the inverse consistency")
     return parser
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -26,6 +27,25 @@ def read_volume(path: Path) -> Volume:
             f"{path}: got {image.GetNumberOfComponentsPerPixel()} values per voxel, expected a scalar image"
         )
     return Volume(simpleitk().GetArrayFromImage(image).astype(np.float32), grid_of(image))
+
+
+class VolumeFiles(Sequence[Volume]):
+    """Image files in order, each read when asked for."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = tuple(paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    @overload
+    def __getitem__(self, index: int) -> Volume: ...
+    @overload
+    def __getitem__(self, index: slice) -> VolumeFiles: ...
+    def __getitem__(self, index: int | slice) -> Volume | VolumeFiles:
+        if isinstance(index, slice):
+            return VolumeFiles(self._paths[index])
+        return read_volume(self._paths[index])
 
 
 def read_field(path: Path) -> DisplacementField:
