@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint install clean bench-registration
 
 demo: $(VENV)/.installed
 	$(BIN)/dicomnode demo --out demo-out
@@ -26,6 +26,11 @@ $(VENV)/.installed: pyproject.toml
 $(VENV)/.tested: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
+
+# Hours; goes on where it stopped. Peers are installed once, each into an environment of its own.
+bench-registration: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.registration install
+	$(BIN)/python -m benchmarks.registration run
 
 clean:
 	rm -rf $(VENV) demo-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
