@@ -17,6 +17,8 @@
 
     config, document, rules, conditions, vocabulary, derived   what an administrator writes, and what it means
     scopes, partners → findings → reasons, trace               what a rule looks among, what it saw, and in words
+    priors fetched      retrieve      C-FIND, C-MOVE or C-GET, QIDO and WADO, for rules that need an earlier examination
+
     scheduler           reads the index, asks the pure rooms, writes what they decided
     service             supervises all of it; cli wires it together
     demo, phantom, anatomy   `dicomnode demo`: a generated study through the whole line

@@ -16,7 +16,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from dicomnode import document
 from dicomnode.document import ProblemError, Section
 from dicomnode.errors import ConfigError
-from dicomnode.model import Destination
+from dicomnode.model import Destination, Source
+from dicomnode.schedule import Schedule
 
 PRESETS = ("fast", "balanced", "accurate", "rigid")
 """Presets of the engine that a configuration or rule may name. Repeated here because this process must not import
@@ -29,7 +30,7 @@ PRESET_PARAMETERS = {
 }
 """What of a preset a rule may set: lowest, highest, whole numbers only. A test compares it with the engine."""
 
-RESERVED = ("sources", "web", "storage", "retention", "notify", "audit")
+RESERVED = ("web", "storage", "retention", "notify", "audit")
 """Sections of later versions: accepted, warned about, without effect."""
 
 
@@ -159,6 +160,30 @@ class DestinationSection(Section):
     port: Port = Field(description="Its port.")
 
 
+class SourceSection(Section):
+    """A PACS that rules ask for earlier examinations."""
+
+    name: Name = Field(description="Our word for it, unique.")
+    ae_title: AETitle = Field(description="Its AE title.")
+    host: Host = Field(default="127.0.0.1", description="Its host name or address.")
+    port: Port = Field(default=104, description="Its port.")
+    fetch: Literal["c-move", "c-get", "dicomweb"] = Field(
+        default="c-move", description="c-move needs our AE title, host and port at the source; dicomweb needs url."
+    )
+    url: Annotated[str, AfterValidator(_matching(r"|https?://\S+[^/\s]", "http(s)://…, without / at its end"))] = Field(
+        default="", description="Base of its DICOMweb service."
+    )
+    hours: Schedule | None = Field(default=None, description="When it may be asked, but for urgent rules.")
+    max_instances: int = Field(default=5000, strict=True, ge=1, description="That one request may bring here.")
+    timeout_s: float = Field(default=60.0, strict=True, gt=0, description="Without an answer for this long: lost.")
+
+    @model_validator(mode="after")
+    def _reachable(self) -> SourceSection:
+        if self.fetch == "dicomweb" and not self.url:
+            raise ProblemError(("url",), "nothing", "the base of its DICOMweb service where fetch is dicomweb")
+        return self
+
+
 class WorkerSection(Section):
     """How registrations are computed."""
 
@@ -207,6 +232,9 @@ class Config(Section):
     destination_sections: tuple[DestinationSection, ...] = Field(
         default=(), alias="destinations", description="Where results are sent."
     )
+    source_sections: tuple[SourceSection, ...] = Field(
+        default=(), alias="sources", description="Where rules fetch earlier examinations from."
+    )
     worker: WorkerSection = WorkerSection()
     rules_path: Path | None = Field(
         default=None, alias="rules", description="The pairing rules' file; left out: nothing is registered."
@@ -216,7 +244,6 @@ class Config(Section):
     limits: LimitsSection = LimitsSection()
     log: LogSection = LogSection()
     tls: Annotated[None, BeforeValidator(_refuse_tls)] = Field(default=None, description="Refused in this version.")
-    sources: Reserved = None
     web: Reserved = None
     storage: Reserved = None
     retention: Reserved = None
@@ -247,6 +274,24 @@ class Config(Section):
     def destinations(self) -> tuple[Destination, ...]:
         """Where results are sent."""
         return tuple(Destination(d.name, d.ae_title, d.host, d.port) for d in self.destination_sections)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Where rules fetch earlier examinations from."""
+        return tuple(
+            Source(
+                s.name,
+                s.ae_title,
+                s.host,
+                s.port,
+                s.fetch,
+                s.url,
+                None if s.hours is None else s.hours.next_start,
+                s.max_instances,
+                s.timeout_s,
+            )
+            for s in self.source_sections
+        )
 
     def warnings(self) -> list[str]:
         """What is allowed and yet worth a line at each start."""

@@ -5,7 +5,7 @@ Times are timezone-aware UTC. UIDs are strings as received. Nothing here imports
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -255,6 +255,33 @@ class JobPlan:
     patience_s: float = 3600.0
     held: str = ""
     is_one_job: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """A PACS that earlier examinations come from.
+
+    Attributes
+    ----------
+    fetch
+        c-move, c-get or dicomweb.
+    url
+        Base of its DICOMweb service.
+    hours
+        Local time → when a request may begin; None: always.
+    max_instances
+        That one request may bring here.
+    """
+
+    name: str
+    ae_title: str
+    host: str
+    port: int
+    fetch: str = "c-move"
+    url: str = ""
+    hours: Callable[[datetime], datetime] | None = None
+    max_instances: int = 5000
+    timeout_s: float = 60.0
 
 
 @dataclass(frozen=True)

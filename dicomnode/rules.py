@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -31,6 +31,7 @@ from dicomnode.derived import DERIVED
 from dicomnode.document import ProblemError, Section
 from dicomnode.errors import ConfigError
 from dicomnode.model import JobPlan
+from dicomnode.schedule import Schedule
 from dicomnode.vocabulary import BUILT_IN, Vocabulary, tokens
 
 OUTPUTS = ("series", "sro", "dsr")
@@ -308,34 +309,6 @@ class Register(Section):
             if not low <= value <= high:
                 raise ProblemError((name,), value, f"{low:g} to {high:g}")
         return parameters
-
-
-_CLOCK = r"^([01]\d|2[0-3]):[0-5]\d$"
-Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
-DAYS: tuple[Day, ...] = get_args(Day)
-
-
-class Schedule(Section):
-    """When jobs of the rule may begin, local time of the node; `to` before `from` runs over midnight."""
-
-    days: tuple[Day, ...] = DAYS
-    start: Annotated[str, Field(pattern=_CLOCK)] = Field(default="00:00", alias="from")
-    end: Annotated[str, Field(pattern=_CLOCK)] = Field(default="00:00", alias="to")
-
-    def next_start(self, now: datetime) -> datetime:
-        """`now` if a job may begin, else when the next window opens; `now` aware, in local time."""
-        for offset in range(-1, 8):
-            day = now + timedelta(days=offset)
-            if DAYS[day.weekday()] not in self.days:
-                continue
-            opens, closes = (
-                day.replace(hour=int(t[:2]), minute=int(t[3:]), second=0, microsecond=0) for t in (self.start, self.end)
-            )
-            if closes <= opens:
-                closes += timedelta(days=1)
-            if now < closes:
-                return max(now, opens)
-        return now
 
 
 PATIENCE_S = {"urgent": 0.0, "normal": 3600.0, "off-peak": 12 * 3600.0}

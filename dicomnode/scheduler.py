@@ -6,18 +6,22 @@ Law: nothing is decided here; a tick that is cut off anywhere can be run again.
 from __future__ import annotations
 
 import logging
-from datetime import UTC, datetime, timedelta
+from collections.abc import Sequence
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 from dicomnode import completion, pairing, rules, trace, volumes
 from dicomnode.archive import Archive
+from dicomnode.derived import Subject, study_date
 from dicomnode.errors import ConfigError, IncompleteSeriesError, LocalError, StudyError, stack
 from dicomnode.index import NOT_LOOKED_AT, Enqueue, Index
-from dicomnode.model import SeriesActivity, SeriesState, VolumeRef
+from dicomnode.model import SeriesActivity, SeriesState, Source, VolumeRef
 from dicomnode.rules import Rule, RuleSet
 
 log = logging.getLogger(__name__)
 
+MAX_REMEMBERED = 10_000
+"""Studies known to have been looked at for priors; one that is forgotten is looked at again, which changes nothing."""
 LOOK_BACK = timedelta(days=1)
 """Series in no pair are looked at again at a start or under new rules if they came within this time."""
 SHORT_QUEUE = 2
@@ -56,6 +60,7 @@ class Scheduler:
         quiet_period_s: float,
         incomplete_wait_s: float = 300.0,
         late_instances: str = "rerun",
+        sources: Sequence[Source] = (),
         enqueue: Enqueue,
     ) -> None:
         self._index = index
@@ -65,6 +70,9 @@ class Scheduler:
         self._quiet_period_s = quiet_period_s
         self._incomplete_wait_s = incomplete_wait_s
         self._late_instances = late_instances
+        self._sources = sources
+        self._fetching: dict[Patient, set[str]] = {}
+        self._prefetched: dict[str, None] = {}
         self._enqueue = enqueue
         self._waiting: dict[str, tuple[SeriesActivity, datetime]] = {}
         self._noted: dict[str, str] = {}
@@ -76,6 +84,7 @@ class Scheduler:
         self._follow_rules(now)
         self._settle_late(now)
         activities = self._index.activities()
+        self._follow_priors(activities, now)
         shortest_s = min([self._quiet_period_s, *pairing.quiet_periods_s(self._rules)])
         for activity in activities:
             if completion.is_complete(activity, now=now, quiet_s=shortest_s):
@@ -87,6 +96,56 @@ class Scheduler:
             if at is None or at <= now:
                 self._pair_or_say_why(patient, now)
         self._release_held(now)
+
+    def _follow_priors(self, activities: Sequence[SeriesActivity], now: datetime) -> None:
+        """Ask for what new examinations will need, and look again where what was asked for has come."""
+        if not self._sources:
+            return
+        for activity in activities:
+            if activity.study_instance_uid not in self._prefetched and not activity.is_fetched:
+                self._prefetch(activity, now)
+        fetching = self._index.patients_fetching()
+        self._look_at |= dict.fromkeys(self._fetching.keys() - fetching.keys())
+        self._fetching = fetching
+
+    def _prefetch(self, activity: SeriesActivity, now: datetime) -> None:
+        """Ask for earlier examinations as soon as the first instance of one is here that some rule is about."""
+        (first, *_) = self._index.instances_of(activity.series_instance_uid)
+        self._prefetched[activity.study_instance_uid] = None
+        while len(self._prefetched) > MAX_REMEMBERED:
+            del self._prefetched[next(iter(self._prefetched))]
+        try:
+            volume = volumes.outline(
+                volumes.read_headers([self._archive.path(first)])[0], last_received_at=activity.last_received_at
+            )
+        except (StudyError, LocalError) as error:
+            log.warning("series %s: no priors are asked for yet: %s", activity.series_instance_uid, error)
+            return
+        subject = Subject(volume, self._rules.vocabulary)
+        for rule in self._rules.enabled:
+            if rule.roles.prior is not None and rule.when.check(subject).passed:
+                patient = (activity.patient_id, activity.issuer_of_patient_id)
+                self._ask_for_priors(rule, patient, activity.study_instance_uid, study_date(volume), now)
+
+    def _ask_for_priors(self, rule: Rule, patient: Patient, study: str, day: date | None, now: datetime) -> None:
+        """One request to each source that the rule may ask; asked before, nothing changes."""
+        if day is None or not patient[0].strip():
+            return
+        names = [
+            each.name
+            for each in self._sources
+            if (not rule.priors.sources or each.name in rule.priors.sources)
+            and (rule.priors.fetch is None or each.fetch == rule.priors.fetch)
+        ]
+        request = {
+            "study_date": day.isoformat(),
+            "max_age_days": rule.priors.max_age_days,
+            "max_studies": rule.priors.max_studies,
+            "modalities": list(rule.priors.query.modalities),
+            "description": rule.priors.query.description,
+            "urgent": rule.priority == "urgent",
+        }
+        self._index.request_priors(patient, study, rule.id, names, request, now=now)
 
     def _follow_rules(self, now: datetime) -> None:
         """Take over a rule set that was imported meanwhile, and look again at the patients of the day."""
@@ -219,9 +278,13 @@ class Scheduler:
             candidates,
             receiving=receiving,
             existing=self._index.pairs_of([each.series_instance_uid for each in candidates]),
+            fetching=self._fetching.get(patient, ()),
             quiet_period_s=self._quiet_period_s,
             now=now,
         )
+        days = {each.study_instance_uid: study_date(each) for each in candidates}
+        for rule_id, study in decision.lacking_priors:
+            self._ask_for_priors(self._rules.rule(rule_id), patient, study, days[study], now)
         jobs = self._index.add_pairs(
             decision.pairs,
             decision.reasons,

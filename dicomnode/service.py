@@ -21,6 +21,7 @@ from dicomnode.delivery import DeliveryService
 from dicomnode.errors import LocalError
 from dicomnode.index import Index
 from dicomnode.listener import Listener
+from dicomnode.retrieve import PriorService
 from dicomnode.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ def serve(config: Config, config_path: Path | None, stop: threading.Event) -> No
         quiet_period_s=config.node.quiet_period_s,
         incomplete_wait_s=config.node.incomplete_wait_s,
         late_instances=config.node.late_instances,
+        sources=config.sources,
         enqueue=queue.enqueue,
     )
     worker = WorkerProcess(config_path)
@@ -75,7 +77,9 @@ def serve(config: Config, config_path: Path | None, stop: threading.Event) -> No
         max_pdu=config.limits.max_pdu,
         network_timeout_s=config.limits.network_timeout_s,
     )
+    priors = PriorService(config.sources, index, archive, ae_title=config.node.ae_title)
     try:
+        priors.start()
         worker.start()
         delivery.start()
         listener.start()
@@ -88,6 +92,7 @@ def serve(config: Config, config_path: Path | None, stop: threading.Event) -> No
     finally:
         log.info("stopping")
         worker.ask_to_stop()
+        priors.stop()
         listener.stop()
         delivery.stop()
         worker.wait()

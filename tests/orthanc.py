@@ -12,6 +12,7 @@ from typing import Any
 
 from running_node import free_port, wait_for
 
+DICOMWEB = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 EXECUTABLE = shutil.which("Orthanc") or shutil.which("Orthanc", path="/usr/sbin:/usr/local/sbin")
 
 
@@ -26,7 +27,7 @@ class Orthanc:
 
     ae_title = "ORTHANC"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, modalities: dict[str, list[Any]] | None = None) -> None:
         assert EXECUTABLE is not None
         folder.mkdir(parents=True)
         self.port, self.http_port = free_port(), free_port()
@@ -43,15 +44,36 @@ class Orthanc:
                     "AuthenticationEnabled": False,
                     "DicomAlwaysAllowStore": True,
                     "UnknownSopClassAccepted": True,
-                    "Plugins": [],
+                    "DicomModalities": modalities or {},
+                    "DicomAlwaysAllowFind": True,
+                    "DicomAlwaysAllowGet": True,
+                    "DicomAlwaysAllowMove": True,
+                    "ConcurrentJobs": 1,
+                    "Plugins": [str(DICOMWEB)] if DICOMWEB.exists() else [],
                 }
             )
         )
-        with (folder / "orthanc.log").open("wb") as log:
+        self._folder = folder
+        self.start()
+
+    def start(self) -> None:
+        """Begin, or begin again with what it holds."""
+        assert EXECUTABLE is not None
+        with (self._folder / "orthanc.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [EXECUTABLE, str(configuration)], stdout=log, stderr=log, env={**os.environ, "TCP_NODELAY": "1"}
+                [EXECUTABLE, str(self._folder / "orthanc.json")],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "TCP_NODELAY": "1"},
             )
         wait_for(self._answers, timeout_s=30, what="Orthanc")
+
+    def upload(self, path: Path) -> None:
+        """Put a DICOM file into it by its REST interface."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.http_port}/instances", data=path.read_bytes(), method="POST"
+        )
+        urllib.request.urlopen(request, timeout=10).close()  # noqa: S310 - our own server
 
     def instances(self) -> dict[str, Path | str]:
         """SOP Instance UID → Orthanc's identifier of everything it holds."""
@@ -69,8 +91,13 @@ class Orthanc:
         """The answer of its REST interface."""
         return json.loads(self._get(url))
 
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        self._process.kill()
+        self._process.wait(30)
+
     def stop(self) -> None:
-        """End it."""
+        """End it; nothing happens where it has ended."""
         self._process.terminate()
         self._process.wait(30)
 

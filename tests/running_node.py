@@ -60,6 +60,8 @@ class RunningNode:
         The rule file's text.
     quiet_period_s
         Short, for tests.
+    sources
+        As in the configuration.
     database_url
         SQLite in its data folder, unless told otherwise.
     """
@@ -72,9 +74,11 @@ class RunningNode:
         rules: str = PRE_POST,
         quiet_period_s: float = 1.0,
         database_url: str = "sqlite:///{data_dir}/node.db",
+        sources: Sequence[dict[str, Any]] = (),
+        port: int | None = None,
     ) -> None:
         self.folder = folder
-        self.port = free_port()
+        self.port = port or free_port()
         self.config = folder / "node.yaml"
         self.data = folder / "data"
         self.log = folder / "node.log"
@@ -90,6 +94,7 @@ class RunningNode:
             "node": node,
             "database": {"url": database_url},
             "destinations": peers,
+            "sources": list(sources),
             "worker": {"device": "cpu"},
             "rules": "rules.yaml",
         }

@@ -7,6 +7,7 @@ Law: every method is one transaction; database trouble leaves as LocalError; row
     receiving    associations, instances, series pairs                volumes, pairs with their jobs
     late         what came after a series was complete
     rule_sets    every version of the rules      decisions            traces and work items
+    priors       what PACS sources are asked for
     jobs         stages, verdicts, products      deliveries           the ledger        status   all of it, to read
 """
 
@@ -15,12 +16,13 @@ from dicomnode.index.deliveries import Deliveries
 from dicomnode.index.jobs import Jobs
 from dicomnode.index.late import SUPERSEDED, Late
 from dicomnode.index.pairs import NOT_LOOKED_AT, Enqueue, Pairs
+from dicomnode.index.priors import PriorFetch, Priors
 from dicomnode.index.receiving import Added, Receiving
 from dicomnode.index.rule_sets import RuleSets
 from dicomnode.index.status import Status
 
-__all__ = ["NOT_LOOKED_AT", "SUPERSEDED", "Added", "Enqueue", "Index", "create_engine"]
+__all__ = ["NOT_LOOKED_AT", "SUPERSEDED", "Added", "Enqueue", "Index", "PriorFetch", "create_engine"]
 
 
-class Index(Receiving, Late, RuleSets, Pairs, Jobs, Deliveries, Status):
+class Index(Receiving, Late, RuleSets, Pairs, Priors, Jobs, Deliveries, Status):
     """What the node knows of patients, studies, series, instances, pairs, jobs, products and deliveries."""

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from dicomnode.errors import LocalError
 from dicomnode.index.database import Database, inserted_key, series_key, stored_instance, upsert
 from dicomnode.index.late import is_in_a_pair
-from dicomnode.index.tables import association, instance, patient, product, series, study, volume
+from dicomnode.index.tables import association, instance, patient, prior_fetch, product, series, study, volume
 from dicomnode.model import Instance, InstanceHeader, Member, SeriesActivity, SeriesState, VolumeRef
 
 
@@ -59,9 +59,12 @@ class Receiving(Database):
             known = connection.scalar(
                 sa.select(instance.c.sha256).where(instance.c.sop_instance_uid == stored.sop_instance_uid)
             )
+            is_fetched = _is_asked_for(connection, header.series_instance_uid, association_id)
             if known is not None:
+                if not is_fetched:
+                    _make_current(connection, header.series_instance_uid, now)
                 return Added.EQUAL if known == stored.sha256 else Added.CONFLICT
-            series_id = self._series_id(connection, header, now)
+            series_id = self._series_id(connection, header, now, is_fetched=is_fetched)
             connection.execute(
                 instance.insert().values(
                     series_id=series_id, association_id=association_id, received_at=now, **asdict(stored)
@@ -76,7 +79,7 @@ class Receiving(Database):
             row = connection.execute(query).mappings().first()
             return None if row is None else stored_instance(row)
 
-    def _series_id(self, connection: sa.Connection, header: InstanceHeader, now: datetime) -> int:
+    def _series_id(self, connection: sa.Connection, header: InstanceHeader, now: datetime, *, is_fetched: bool) -> int:
         patient_id = upsert(
             connection,
             patient,
@@ -94,6 +97,7 @@ class Receiving(Database):
                 "patient_id": patient_id,
                 "modality": header.modality[:16],
                 "is_own_output": header.is_own_output,
+                "is_fetched": is_fetched,
                 "state": SeriesState.RECEIVING,
                 "reason": "",
                 "note": "",
@@ -107,6 +111,7 @@ class Receiving(Database):
             .values(
                 last_received_at=now,
                 is_own_output=sa.or_(series.c.is_own_output, sa.literal(header.is_own_output)),
+                is_fetched=sa.and_(series.c.is_fetched, sa.literal(is_fetched)),
                 state=sa.case((is_paired, SeriesState.PAIRED), else_=SeriesState.RECEIVING),
                 reason=sa.case((is_paired, series.c.reason), else_=""),
             )
@@ -233,3 +238,22 @@ class Receiving(Database):
                     )
                 )
             return True
+
+
+def _is_asked_for(connection: sa.Connection, series_instance_uid: str, association_id: int) -> bool:
+    """Whether a request for this series is in hand, and this association is the asked source's."""
+    requests = connection.scalars(sa.select(prior_fetch.c.found).where(prior_fetch.c.state == "fetching")).all()
+    asked = {request["ae_title"] for request in requests if series_instance_uid in request.get("series", ())}
+    if not asked:
+        return False
+    sender = sa.select(association.c.calling_ae_title).where(association.c.id == association_id)
+    return connection.scalar(sender) in asked
+
+
+def _make_current(connection: sa.Connection, series_instance_uid: str, now: datetime) -> None:
+    """A scanner sends what was fetched as a prior: from now on it is a series like any other, looked at anew."""
+    connection.execute(
+        series.update()
+        .where(series.c.series_instance_uid == series_instance_uid, series.c.is_fetched)
+        .values(is_fetched=False, state=SeriesState.RECEIVING, reason="", last_received_at=now)
+    )

@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from dicomnode.index.database import Database
-from dicomnode.index.tables import delivery, instance, job, pair, product, series, study
+from dicomnode.index.tables import delivery, instance, job, pair, prior_fetch, product, series, study
 
 
 class Status(Database):
@@ -30,6 +30,10 @@ class Status(Database):
             .outerjoin(instance, instance.c.series_id == series.c.id)
             .group_by(series.c.id, study.c.study_instance_uid)
             .order_by(series.c.id),
+            "priors": sa.select(
+                prior_fetch.c.study_instance_uid, prior_fetch.c.rule_id, prior_fetch.c.source, prior_fetch.c.state,
+                prior_fetch.c.attempts, prior_fetch.c.reason,
+            ).order_by(prior_fetch.c.id),
             "jobs": sa.select(
                 job.c.id, pair.c.rule_id, pair.c.rule_version, fixed.c.series_instance_uid.label("fixed"),
                 moving.c.series_instance_uid.label("moving"), pair.c.fixed_volume_number.label("fixed_volume"),

@@ -103,6 +103,26 @@ def describe(datasets: Sequence[Dataset], *, last_received_at: datetime) -> Desc
     return Description(tuple(volumes), (*notes, *irregular))
 
 
+def outline(dataset: Dataset, *, last_received_at: datetime) -> VolumeRef:
+    """What one instance tells of its series before the others are here; of its geometry nothing: one voxel."""
+    with disable_value_validation():
+        about = instance_header(dataset)
+        return VolumeRef(
+            patient_id=about.patient_id,
+            issuer_of_patient_id=about.issuer_of_patient_id,
+            patient_birth_date=about.patient_birth_date,
+            patient_sex=about.patient_sex,
+            study_instance_uid=about.study_instance_uid,
+            series_instance_uid=about.series_instance_uid,
+            frame_of_reference_uid=text(dataset, "FrameOfReferenceUID"),
+            modality=about.modality,
+            shape=(1, 1, 1),
+            affine=(0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1),
+            last_received_at=last_received_at,
+            header={e.keyword: _plain(e.value) for e in dataset if _is_describable(e)},
+        )
+
+
 def load(datasets: Sequence[Dataset]) -> Volume:
     """Decode the slices of one volume, in any order: rescaled (CT: HU), padding made air or darkest, LPS millimetres.
 
