@@ -19,7 +19,7 @@ from dicomnode.errors import ConfigError
 from dicomnode.model import Destination, Source
 from dicomnode.schedule import Schedule
 
-PRESETS = ("fast", "balanced", "accurate", "rigid")
+PRESETS = ("fast", "balanced", "accurate", "rigid", "paper-teacher", "paper-student")
 """Presets of the engine that a configuration or rule may name. Repeated here because this process must not import
 the engine; a test compares the two."""
 

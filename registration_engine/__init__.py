@@ -5,7 +5,8 @@
     losses         similarities and their gradients       optimize   the field, coarse to fine
     unet           the paper's network                    objectives   its losses, for autograd
     synth          image pairs that never were             train        stage 1, and the loop
-    distill        stage 2                                 checkpoint   weights on disk
+    distill        stage 2                                 tuning       stage 3, on a copy of the weights
+    checkpoint     weights on disk, those that ship        devices      the device a caller names
     field          compose, smooth, invert, Jacobian      metrics    what the report says
     engine         register(): all of it in order         presets    the table of named values
     evaluation     measures from outside, of any field    patches    the patch-wise mutual information map
@@ -13,7 +14,8 @@
     dynamic        register_4d(): all phases of a series
     resampling     warp()                                 files, cli NIfTI, MHA and NRRD from the command line
 
-`register` and `warp` are loaded when first asked for: a program that only describes volumes needs no torch.
+`register`, `warp` and `load_model` are loaded when first asked for: a program that only describes volumes needs no
+torch.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,7 @@ from registration_engine.presets import PRESETS, Preset
 from registration_engine.volume import DisplacementField, Grid, Registration, Report, Volume
 
 if TYPE_CHECKING:
+    from registration_engine.checkpoint import load_model
     from registration_engine.engine import register
     from registration_engine.resampling import warp
 
@@ -47,12 +50,17 @@ __all__ = [
     "RegistrationError",
     "Report",
     "Volume",
+    "load_model",
     "register",
     "warp",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "load_model":
+        from registration_engine.checkpoint import load_model
+
+        return load_model
     if name == "register":
         from registration_engine.engine import register
 

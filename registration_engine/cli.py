@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from registration_engine import training_cli
 from registration_engine.dynamic import reference_number, region_mean, register_4d
 from registration_engine.engine import register
 from registration_engine.errors import (
@@ -161,7 +162,13 @@ def _tell_stage(phase: int, stage: str, part: float) -> None:
         print(f"phase {phase}: {stage}", file=sys.stderr)
 
 
-_COMMANDS = {"register": _register, "warp": _warp, "register-4d": _register_4d, "evaluate": _evaluate}
+_COMMANDS = {
+    "register": _register,
+    "warp": _warp,
+    "register-4d": _register_4d,
+    "evaluate": _evaluate,
+    **training_cli.COMMANDS,
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -169,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="registration-engine", description="Register medical volumes (NIfTI, MetaImage, NRRD)."
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    training_cli.add_commands(commands)
 
     register_ = commands.add_parser("register", help="find where each fixed point lies in the moving image")
     register_.add_argument("fixed", type=Path, help="the image to register to")

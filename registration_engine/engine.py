@@ -12,8 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from registration_engine import affine, optimize
+from registration_engine import affine, optimize, tuning
 from registration_engine import field as fields
+from registration_engine.checkpoint import LoadedModel, load_model
+from registration_engine.devices import device_named
 from registration_engine.errors import ImplausibleResultError, InvalidRequestError, OutOfDeviceMemoryError
 from registration_engine.metrics import Regularity, normalized_mutual_information, regularity
 from registration_engine.prepare import Prepared, prepared
@@ -44,6 +46,7 @@ def register(
     fixed_mask: Volume | None = None,
     moving_mask: Volume | None = None,
     start: DisplacementField | None = None,
+    model: LoadedModel | None = None,
     progress: Progress | None = None,
 ) -> Registration:
     """Find where each point of the fixed image lies in the moving image.
@@ -65,6 +68,8 @@ def register(
         Total displacement, linear part included, on any grid in fixed space: the result of a neighbouring phase, or a
         network's prediction. Its rigid part is one more start of the linear stage; the whole becomes the start of the
         field only where it is more similar than none.
+    model
+        The network of a preset that has one; the shipped one by default. It is read only: a copy is tuned.
     progress
         Called with a stage ("prepare", "linear", "field", "judge") and the share of it that is done, 0…1. An
         exception it raises ends the registration.
@@ -83,11 +88,20 @@ def register(
         The device has too little memory.
     """
     chosen = preset_named(preset) if isinstance(preset, str) else preset
-    torch_device = _device(device)
+    torch_device = device_named(device)
     try:
         with torch.no_grad():
             return _register(
-                fixed, moving, chosen, torch_device, seed, fixed_mask, moving_mask, start, progress or (lambda *_: None)
+                fixed,
+                moving,
+                chosen,
+                torch_device,
+                seed,
+                fixed_mask,
+                moving_mask,
+                start,
+                _network(chosen, model, torch_device),
+                progress or (lambda *_: None),
             )
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfDeviceMemoryError(
@@ -105,6 +119,7 @@ def _register(
     fixed_mask: Volume | None,
     moving_mask: Volume | None,
     given: DisplacementField | None,
+    model: LoadedModel | None,
     progress: Progress,
 ) -> Registration:
     seconds: dict[str, float] = {}
@@ -120,7 +135,7 @@ def _register(
             start = affine.align(
                 fixed,
                 moving,
-                with_affine=bool(preset.iterations),
+                with_affine=preset.is_deformable,
                 near=None if given is None else affine.rigid_part(given),
                 progress=lambda part: progress("linear", part),
             )
@@ -129,7 +144,7 @@ def _register(
         linear, after = start.affine, judge.similarity(start.affine)
 
     field: Tensor | None = None
-    if preset.iterations:
+    if preset.is_deformable:
         lattice = Lattice.of(fixed.grid, device)
 
         def on_fixed(part: Tensor, grid: Grid) -> Tensor:
@@ -138,15 +153,23 @@ def _register(
             return fields.smooth(whole, 0.5 * float(grid.spacing_mm.min()), lattice)
 
         with _timed("field", seconds, progress):
-            small, grid = optimize.refine(
-                fixed,
-                moving,
-                linear,
-                preset,
-                starts=[] if given is None else [_lattice_displacement(given, fixed, linear)],
-                judge=lambda part, grid: judge.similarity(linear, on_fixed(part, grid)),
-                progress=lambda part: progress("field", part),
-            )
+            starts = [] if given is None else [_lattice_displacement(given, fixed, linear)]
+            if model is not None and preset.tuning is None:
+                starts.append(tuning.prediction(fixed, moving, linear, model.network))
+            if model is not None and preset.tuning is not None:
+                small, grid = tuning.refine(
+                    fixed, moving, linear, preset, model.network, lambda part: progress("field", part)
+                )
+            else:
+                small, grid = optimize.refine(
+                    fixed,
+                    moving,
+                    linear,
+                    preset,
+                    starts=starts,
+                    judge=lambda part, grid: judge.similarity(linear, on_fixed(part, grid)),
+                    progress=lambda part: progress("field", part),
+                )
             field = on_fixed(small, grid)
             refined = judge.similarity(linear, field)
             if refined > after:
@@ -164,7 +187,7 @@ def _register(
         preset=preset.name,
         device=str(device),
         seed=seed,
-        model_sha256=None,
+        model_sha256=None if model is None else model.sha256,
         similarity_before=before,
         similarity_after=after,
         folding_fraction=found.folding_fraction,
@@ -201,20 +224,15 @@ class _Judge:
         return normalized_mutual_information(self._fixed, warped, self._valid * valid)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InvalidRequestError(f"Device: got {name!r}, expected auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda") or (
-        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
-    ):
-        raise InvalidRequestError(
-            f"Device: got {name!r}, expected auto, cpu or one of {torch.cuda.device_count()} cuda"
-        )
-    return device
+def _network(preset: Preset, given: LoadedModel | None, device: torch.device) -> LoadedModel | None:
+    """The network a preset starts from or tunes, on the device."""
+    if preset.model is None:
+        return None
+    if given is None:
+        return load_model(preset.model, device=device)
+    if given.name != preset.model:
+        raise InvalidRequestError(f"Model: got {given.name!r}, expected {preset.model!r} (preset {preset.name})")
+    return LoadedModel(given.name, given.sha256, given.network.to(device))
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def multi_axis_mutual_information(
     *,
     bins: int | None = None,
     slab: int = 1,
-    by_foreground: bool = True,
+    by_weight: bool = True,
 ) -> Tensor:
     """Minus the mutual information in nat of corresponding slices, averaged over the slices of all three axes.
 
@@ -45,13 +45,13 @@ def multi_axis_mutual_information(
         Size of the joint table along each axis, 4 or more; `bins_for` of the shape by default.
     slab
         Neighbouring slices whose tables are added, odd; more voxels per estimate where slices are small.
-    by_foreground
+    by_weight
         Weigh each slice by the voxels that count in it. Otherwise each slice counts the same, as Eq. 3 prints it;
         empty ones count nothing either way.
     """
     chosen = bins_for(fixed.shape) if bins is None else bins
     apply: Callable[..., Tensor] = _MultiAxisMutualInformation.apply  # untyped in torch
-    return apply(warped, fixed, weight, chosen, slab, by_foreground)
+    return apply(warped, fixed, weight, chosen, slab, by_weight)
 
 
 def bins_for(shape: torch.Size | tuple[int, ...]) -> int:
@@ -64,7 +64,7 @@ def bins_for(shape: torch.Size | tuple[int, ...]) -> int:
 class _MultiAxisMutualInformation(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, warped: Tensor, fixed: Tensor, weight: Tensor, bins: int, slab: int, by_foreground: bool
+        ctx: Any, warped: Tensor, fixed: Tensor, weight: Tensor, bins: int, slab: int, by_weight: bool
     ) -> Tensor:
         row, row_part = _binned(fixed, bins)
         column, column_part = _binned(warped, bins)
@@ -73,12 +73,12 @@ class _MultiAxisMutualInformation(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=warped.device)
         for axis in range(3):
             part, gradient = _axis_information(
-                cell, row_part, column_part, weight, axis, bins=bins, slab=slab, by_foreground=by_foreground
+                cell, row_part, column_part, weight, axis, bins=bins, slab=slab, by_weight=by_weight
             )
             total += part
             slope += gradient
         slices = sum(warped.shape)
-        scale = weight.sum(dtype=torch.float64).clamp(min=_TINY) * 3 if by_foreground else slices
+        scale = weight.sum(dtype=torch.float64).clamp(min=_TINY) * 3 if by_weight else slices
         inside = (warped > 0) & (warped < 1)
         ctx.save_for_backward(-(slope * weight * inside * ((bins - 1) / scale)).to(warped.dtype))
         return -(total / scale).to(warped.dtype)
@@ -105,7 +105,7 @@ def _axis_information(
     *,
     bins: int,
     slab: int,
-    by_foreground: bool,
+    by_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """Sum of the slices' mutual information, weighed, and its derivative by the column position of each voxel."""
     slices, size = cell.shape[axis], bins * bins
@@ -127,7 +127,7 @@ def _axis_information(
     expected = joint.sum(2, keepdim=True) * joint.sum(1, keepdim=True)
     log_ratio = torch.log((joint + _TINY) / (expected + _TINY))
     information = (joint * log_ratio).sum((1, 2))
-    share_of_slice = mass if by_foreground else (mass > 0).double()
+    share_of_slice = mass if by_weight else (mass > 0).double()
     # Where a warped voxel moves within the table, the slices' masses stay: they are constants here.
     derivative = widen @ log_ratio @ widen * (share_of_slice / pooled_mass)[:, None, None]
     derivative = (pool @ derivative.view(slices, size)).flatten().to(weight.dtype)

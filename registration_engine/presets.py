@@ -33,6 +33,32 @@ STIFF = Manner(local_share=1.0, step_smoothing=2.0, field_smoothing=1.3)
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """How a network's weights are fitted to one pair, section 2.3 of the paper.
+
+    Attributes
+    ----------
+    epochs, seconds
+        Whichever comes first.
+    lambda_sim, lambda_smooth, alpha_div
+        Weights of similarity, of |grad u|² and of (div u)².
+    stops_early
+        End where ten epochs gained less than a thousandth.
+    bf16
+        Run the network in bfloat16 on a GPU; fields and losses stay float32.
+    """
+
+    learning_rate: float
+    lambda_sim: float = 1.0
+    lambda_smooth: float = 1.0
+    alpha_div: float = 0.1
+    epochs: int = 100
+    seconds: float = 60.0
+    stops_early: bool = False
+    bf16: bool = True
+
+
+@dataclass(frozen=True)
 class Preset:
     """How one registration is done and what it may not do.
 
@@ -45,6 +71,10 @@ class Preset:
         linear registration.
     manners
         Each is tried from the same start; the result with the highest normalized mutual information is kept.
+    model
+        The network taking part: its prediction is a start of the field, or what is tuned.
+    tuning
+        Of the network's weights, instead of the field's own optimisation.
     search_mm
         Step of the discrete search that finds large motion before the field is optimised.
     bins, window
@@ -59,11 +89,18 @@ class Preset:
     voxels: int
     iterations: tuple[int, ...]
     manners: tuple[Manner, ...] = (SUPPLE, STIFF)
+    model: str | None = None
+    tuning: Tuning | None = None
     search_mm: float = 7.0
     bins: int = 32
     window: int = 5
     smallest_determinant: float = 0.1
     largest_displacement_mm: float = 60.0
+
+    @property
+    def is_deformable(self) -> bool:
+        """Whether more than a linear map is looked for."""
+        return bool(self.iterations) or self.tuning is not None
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
@@ -74,6 +111,8 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             Preset("fast", voxels=400_000, iterations=(60, 60, 30)),
             Preset("balanced", voxels=1_000_000, iterations=(60, 60, 60, 40)),
             Preset("accurate", voxels=8_000_000, iterations=(60, 60, 60, 40, 12)),
+            Preset("paper-teacher", voxels=0, iterations=(), model="teacher", tuning=Tuning(learning_rate=3e-4)),
+            Preset("paper-student", voxels=0, iterations=(), model="student", tuning=Tuning(learning_rate=3e-4)),
         )
     }
 )

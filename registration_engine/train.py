@@ -104,15 +104,17 @@ def run(
     time_limit_s: float | None,
     report: Callable[[str], None],
 ) -> Progress:
-    """The loop of both stages: one pair, one step of Adam."""
+    """The loop of both stages: a pair, a step of Adam or several, the next pair."""
     started = time.monotonic()
     config.out.mkdir(parents=True, exist_ok=True)
     model, optimizer, state = _restored(config, device)
     report(f"{config.model}: step {state.step} of {config.steps}, {config.shape} voxels, {device}")
-    step, elapsed = state.step, 0.0
+    step, elapsed, pair = state.step, 0.0, None
     with TrainingLog(config.out, resumed_at=state.step, tensorboard=config.tensorboard) as log:
         while step < config.steps and (time_limit_s is None or elapsed < time_limit_s):
-            terms = _step(model, optimizer, objective, synthetic_pair(config.seed, step, config.shape, device))
+            if pair is None or step % config.steps_per_pair == 0:
+                pair = synthetic_pair(config.seed, step // config.steps_per_pair, config.shape, device)
+            terms = _step(model, optimizer, objective, pair)
             step += 1
             elapsed = time.monotonic() - started
             log.write("log", step, {"seconds": state.seconds + elapsed, "loss": sum(terms.values()), **terms})

@@ -27,7 +27,10 @@ class TrainingConfig:
     shape
         (Z, Y, X) of the synthetic pairs, multiples of 16.
     epochs, pairs_per_epoch
-        Their product is the number of steps.
+        Their product is the number of pairs drawn.
+    steps_per_pair
+        Steps of Adam on each pair before the next. The paper takes one; more of them exercise what test-time
+        optimisation does, which pays where few steps can be afforded.
     lambda_sim, lambda_smooth, lambda_dist
         Weights of the paper's loss terms; lambda_dist belongs to distillation.
     lambda_truth
@@ -45,6 +48,7 @@ class TrainingConfig:
     shape: tuple[int, int, int] = (128, 128, 128)
     epochs: int = 300
     pairs_per_epoch: int = 500
+    steps_per_pair: int = 1
     learning_rate: float = 1e-4
     lambda_sim: float = 1.0
     lambda_smooth: float = 1.0
@@ -60,7 +64,7 @@ class TrainingConfig:
     @property
     def steps(self) -> int:
         """Of the whole schedule."""
-        return self.epochs * self.pairs_per_epoch
+        return self.epochs * self.pairs_per_epoch * self.steps_per_pair
 
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same one: all but the folder, the length and what is only reported."""

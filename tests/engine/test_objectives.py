@@ -14,7 +14,7 @@ from registration_engine.objectives import (
     smoothness,
 )
 
-MI_OPTIONS = [{}, {"slab": 3}, {"by_foreground": False}]
+MI_OPTIONS = [{}, {"slab": 3}, {"by_weight": False}]
 
 
 def images(shape=(6, 7, 8)) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -72,7 +72,7 @@ def test_multi_axis_mi_is_the_mean_of_the_slices_counted_slowly(options: dict) -
             slab = [slice(None)] * 3
             slab[axis] = slice(max(number - half, 0), number + half + 1)
             mass = np.take(weight, number, axis).sum()
-            share = mass if options.get("by_foreground", True) else 1.0
+            share = mass if options.get("by_weight", True) else 1.0
             shares += share
             if mass > 0:
                 total += share * slow_slice_mi(*(t[tuple(slab)] for t in (fixed, warped, weight)), bins=6)

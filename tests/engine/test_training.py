@@ -1,11 +1,17 @@
 import csv
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from registration_engine import checkpoint
 from registration_engine.checkpoint import network_of
+from registration_engine.cli import main
 from registration_engine.distill import distill
 from registration_engine.errors import InvalidRequestError
 from registration_engine.train import train
@@ -24,8 +30,9 @@ def config(out: Path, **changes) -> TrainingConfig:
         "pairs_per_epoch": 3,
         "learning_rate": 1e-3,
         "checkpoint_every": 2,
+        "steps_per_pair": 1,
         "validate_every": 4,
-        "validation_pairs": 2,
+        "validation_pairs": 1,
     }
     return TrainingConfig(**{**values, **changes})
 
@@ -83,7 +90,7 @@ def test_training_on_one_pair_again_and_again_finds_its_displacement(tmp_path: P
     pair = room.synthetic_pair(4, 2, (16, 16, 16), CPU)
     monkeypatch.setattr(room, "synthetic_pair", lambda *_: pair)
 
-    run(train, config(tmp_path, epochs=12, lambda_truth=0.1, lambda_smooth=0.1, validate_every=36))
+    run(train, config(tmp_path, epochs=7, lambda_truth=0.1, lambda_smooth=0.1, validate_every=21, validation_pairs=1))
 
     (validation,) = rows(tmp_path / "validation.csv")
     assert float(validation["error_after"]) < 0.8 * float(validation["error_before"])
@@ -155,3 +162,55 @@ def test_the_shipped_configurations_are_the_papers_schedule() -> None:
         "teacher",
         "student",
     }
+
+
+def test_training_networks_and_tuning_need_torch_numpy_and_safetensors_alone() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('SimpleITK', 'pydicom', 'yaml', 'PIL', 'pydantic', 'scipy'): sys.modules[name] = None\n"
+        "sys.argv = ['x', 'models', '--json']\n"
+        "import registration_engine.tuning, registration_engine.engine\n"
+        "from registration_engine.training_cli import main\n"
+        "sys.exit(main())\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert isinstance(json.loads(done.stdout), list)
+
+
+def test_a_piece_ends_with_its_own_exit_status_and_the_last_with_zero(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (
+        'model = "student"\nout = "run"\nshape = [16, 16, 16]\nepochs = 1\npairs_per_epoch = 2\nvalidation_pairs = 1\n'
+    )
+    Path("run.toml").write_text(text)
+    command = ["train", "--config", "run.toml", "--device", "cpu"]
+
+    assert main([*command, "--time-limit", "0.001"]) == 4
+    assert main([*command, "--time-limit", "1000"]) == 0
+
+    told = capsys.readouterr().out
+    assert re.search(r"step 1 of 2, loss -?\d\.\d+, 0:00:\d\d left", told)
+    assert "student: step 1 of 2" in told
+
+
+def test_published_weights_are_what_load_model_loads(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path / "weights")
+    run(train, config(tmp_path, epochs=1, pairs_per_epoch=1))
+    state = tmp_path / "state.safetensors"
+
+    row = checkpoint.publish(state)
+
+    loaded = checkpoint.load_model("student")
+    assert [row] == checkpoint.models()
+    assert (row.name, row.parameters, row.steps, row.sha256) == ("student", 237_443, 1, loaded.sha256)
+    expected = network_of(str(state), device=CPU).state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in loaded.network.state_dict().items())
+    path = tmp_path / "weights" / row.file
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    with pytest.raises(InvalidRequestError, match=f"sha256 [0-9a-f]+, expected {row.sha256}"):
+        checkpoint.load_model("student")
+    with pytest.raises(InvalidRequestError, match="got 'teacher', expected one of student"):
+        checkpoint.load_model("teacher")

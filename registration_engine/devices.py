@@ -1,0 +1,30 @@
+"""The device a caller names."""
+
+from __future__ import annotations
+
+import torch
+
+from registration_engine.errors import InvalidRequestError
+
+
+def device_named(name: str) -> torch.device:
+    """ "auto" takes an accelerator where there is one.
+
+    Raises
+    ------
+    InvalidRequestError
+        No such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InvalidRequestError(f"Device: got {name!r}, expected auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda") or (
+        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise InvalidRequestError(
+            f"Device: got {name!r}, expected auto, cpu or one of {torch.cuda.device_count()} cuda"
+        )
+    return device
