@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint install clean bench-registration
+.PHONY: bench-receive bench-registration demo test lint install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dicomnode demo --out demo-out
@@ -31,6 +31,9 @@ $(VENV)/.tested: $(VENV)/.installed
 bench-registration: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.registration install
 	$(BIN)/python -m benchmarks.registration run
+
+bench-receive: $(VENV)/.tested
+	$(BIN)/python benchmarks/receive.py
 
 clean:
 	rm -rf $(VENV) demo-out .mypy_cache .pytest_cache .ruff_cache .hypothesis

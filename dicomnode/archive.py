@@ -1,27 +1,28 @@
-"""Instance files: written to a temporary file, fsynced, renamed, folder fsynced; only then is an instance kept.
+"""Instance files: what is received is sealed in the spool, answered, and moved among the kept ones when it is indexed.
 
 Law: a path is made from our own hash, never from the wire; a kept file is never altered; disk trouble leaves as
-LocalError. The archive does not know what is indexed. A file that was kept but not indexed, because of a crash
-between the two, is harmless: the sender still owns that instance, and the same content comes back to the same path.
+LocalError. `seal` is the only promise: once it returns, content, name and journal record survive a power cut. What is
+made here is written, fsynced, renamed and its folder fsynced at once (`keep`).
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import struct
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
+from typing import BinaryIO
 
 from pydicom import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 
 from dicomnode.errors import LocalError
-from dicomnode.model import Instance
+from dicomnode.model import Instance, JournalEntry
+from dicomnode.spool import PREAMBLE_BYTES, JournalRecord, Source, Spool, fsync_folder, left_behind
 
 IMPLEMENTATION_CLASS_UID = "2.25.230217732564501373792718796497012300702"
 IMPLEMENTATION_VERSION_NAME = "DICOMNODE_0.1"
@@ -48,34 +49,18 @@ class Archive:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._incoming = root / "incoming"
+        self._spool = Spool(self._incoming)
         instances = root / "instances"
         with _local_errors():
             self._incoming.mkdir(parents=True, exist_ok=True)
             # All 256 now: an instance is only as durable as the entry of the folder it stands in.
             for number in range(256):
                 (instances / f"{number:02x}").mkdir(parents=True, exist_ok=True)
-            _fsync_folder(instances)
-            _fsync_folder(root)
-
-    def sweep(self) -> int:
-        """Remove the temporary files that a crash left behind; none of them was ever acknowledged.
-
-        Files that a live process is writing are left alone. Returns how many were removed.
-        """
-        removed = 0
-        with _local_errors():
-            for path in self._incoming.iterdir():
-                try:
-                    with path.open("rb") as file:
-                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        path.unlink()
-                        removed += 1
-                except (BlockingIOError, FileNotFoundError):
-                    continue  # being written, or kept meanwhile
-        return removed
+            fsync_folder(instances)
+            fsync_folder(root)
 
     def receive(self, *, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str) -> Incoming:
-        """Open a temporary file for one instance whose data set is about to come.
+        """Open a spool file for one instance whose data set is about to come, to be sealed or kept.
 
         Raises
         ------
@@ -83,11 +68,105 @@ class Archive:
             The disk is full or failing.
         """
         return Incoming(
-            self._incoming,
+            self._spool.take(),
             sop_class_uid=sop_class_uid,
             sop_instance_uid=sop_instance_uid,
             transfer_syntax_uid=transfer_syntax_uid,
         )
+
+    def seal(self, incoming: Incoming, source: Source, *, now: datetime) -> JournalEntry:
+        """Make a received instance durable: it survives a power cut once this returns, and success may be answered.
+
+        Raises
+        ------
+        LocalError
+            The disk is full or failing; nothing was kept.
+        """
+        record = JournalRecord(source, now, incoming.data_set_bytes, incoming.sha256)
+        try:
+            size_bytes = incoming.seal(record.encode())
+        except LocalError:
+            incoming.discard()
+            raise
+        return JournalEntry(
+            sop_instance_uid=incoming.sop_instance_uid,
+            sop_class_uid=incoming.sop_class_uid,
+            transfer_syntax_uid=incoming.transfer_syntax_uid,
+            path=str(incoming.path.relative_to(self.root)),
+            sha256=record.sha256,
+            size_bytes=size_bytes,
+            received_at=now,
+        )
+
+    def recover(self) -> Iterator[tuple[JournalEntry, Source]]:
+        """What dead processes have sealed; the rest of what they left is removed, none of it was acknowledged.
+
+        Where a file's content is not what was sealed, the digest is the content's.
+        """
+        for path in left_behind(self._incoming):
+            with _local_errors(), path.open("rb") as file:
+                record = JournalRecord.decode(file.read(PREAMBLE_BYTES))
+                assert record is not None
+                meta = _read_file_meta(file)
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            entry = JournalEntry(
+                sop_instance_uid=meta.get(0x0003, ""),
+                sop_class_uid=meta.get(0x0002, ""),
+                transfer_syntax_uid=meta.get(0x0010, ""),
+                path=str(path.relative_to(self.root)),
+                sha256=digest,
+                size_bytes=path.stat().st_size,
+                received_at=record.received_at,
+            )
+            yield entry, record.source
+
+    def is_there(self, entry: JournalEntry) -> bool:
+        """Whether a journal entry's file stands, sealed or settled."""
+        return self.path_of(entry).exists()
+
+    def path_of(self, entry: JournalEntry) -> Path:
+        """Where a journal entry's file stands now."""
+        sealed = self.root / entry.path
+        return sealed if sealed.exists() else self.root / _kept_path(entry)
+
+    def settle(self, entries: Iterable[JournalEntry]) -> list[Instance]:
+        """Move sealed files to where kept instances stand, durably; each entry's instance.
+
+        May be repeated after a crash. Files that came together share a folder, so that few folders are fsynced.
+
+        Raises
+        ------
+        LocalError
+            The disk is failing, or a file is gone.
+        """
+        instances = []
+        folders: set[Path] = set()
+        with _local_errors():
+            for entry in entries:
+                sealed = self.root / entry.path
+                path = _kept_path(entry)
+                kept = self.root / path
+                if sealed.exists() or not kept.exists():
+                    sealed.rename(kept)
+                folders |= {kept.parent, sealed.parent}
+                instances.append(
+                    Instance(
+                        sop_instance_uid=entry.sop_instance_uid,
+                        sop_class_uid=entry.sop_class_uid,
+                        transfer_syntax_uid=entry.transfer_syntax_uid,
+                        path=path,
+                        sha256=entry.sha256,
+                        size_bytes=entry.size_bytes,
+                    )
+                )
+            for folder in folders:
+                if folder.exists():
+                    fsync_folder(folder)
+        return instances
+
+    def close(self) -> None:
+        """Take away what was prepared for instances that did not come."""
+        self._spool.close()
 
     def keep(self, incoming: Incoming) -> Instance:
         """Make a received instance durable; it survives a power cut once this returns.
@@ -100,15 +179,14 @@ class Archive:
             The disk is full or failing; nothing was kept.
         """
         sha256 = incoming.sha256
-        identity = (incoming.sop_instance_uid, incoming.sop_class_uid, incoming.transfer_syntax_uid, sha256)
-        name = hashlib.sha256("\n".join(identity).encode()).hexdigest()
+        name = _name(incoming)
         path = f"instances/{name[:2]}/{name}.dcm"
         try:
             with _local_errors():
                 size_bytes = incoming.sync()
                 kept = self.root / path
                 incoming.path.rename(kept)
-                _fsync_folder(kept.parent)
+                fsync_folder(kept.parent)
         finally:
             incoming.discard()
         return Instance(
@@ -167,17 +245,17 @@ class Incoming:
     The file meta information stands in it from the start; `write` takes the data set bytes as they come.
     """
 
-    def __init__(self, folder: Path, *, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str) -> None:
+    def __init__(self, path: Path, *, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str) -> None:
+        self.path = path
+        self._is_sealed = False
         self.sop_class_uid = sop_class_uid
         self.sop_instance_uid = sop_instance_uid
         self.transfer_syntax_uid = transfer_syntax_uid
         self._digest = hashlib.sha256()
         header = _file_meta(sop_class_uid, sop_instance_uid, transfer_syntax_uid)
+        self.data_set_bytes = 0
         with _local_errors():
-            descriptor, name = tempfile.mkstemp(dir=folder, suffix=".part")
-            self.path = Path(name)
-            self._file = os.fdopen(descriptor, "wb", buffering=_BUFFER_BYTES)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # tells `sweep` that somebody is at work
+            self._file = path.open("r+b", buffering=_BUFFER_BYTES)
             self._file.write(header)
 
     @property
@@ -185,9 +263,10 @@ class Incoming:
         """Of the data set bytes written so far."""
         return self._digest.hexdigest()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Append data set bytes; LocalError if the disk does not take them."""
         self._digest.update(data)
+        self.data_set_bytes += len(data)
         with _local_errors():
             self._file.write(data)
 
@@ -195,6 +274,16 @@ class Incoming:
         """Let others read, at `path`, what was written; LocalError if the disk does not take it."""
         with _local_errors():
             self._file.flush()
+
+    def seal(self, record: bytes) -> int:
+        """Write the journal record over the preamble, make all of it durable, close; the file's size in bytes."""
+        with _local_errors():
+            self._file.seek(0)
+            self._file.write(record)
+        size_bytes = self.sync()
+        self._file.close()
+        self._is_sealed = True
+        return size_bytes
 
     def sync(self) -> int:
         """Make the content durable and return the file's size in bytes."""
@@ -204,11 +293,40 @@ class Incoming:
             return os.fstat(self._file.fileno()).st_size
 
     def discard(self) -> None:
-        """Close the file, and remove it unless it was kept. May be called twice."""
+        """Close the file, and remove it unless it was sealed or kept. May be called twice."""
+        if self._is_sealed:
+            return
         with suppress(OSError):  # closing may fail on bytes that a full disk did not take: not wanted any more
             self._file.close()
-        with suppress(OSError):  # what cannot be removed now, `sweep` removes
+        with suppress(OSError):  # what cannot be removed now, `recover` removes
             self.path.unlink(missing_ok=True)
+
+
+def _kept_path(entry: JournalEntry) -> str:
+    sealed = Path(entry.path)
+    group = hashlib.sha256(f"{sealed.parent.name} {int(sealed.stem) // 4096}".encode()).hexdigest()
+    return f"instances/{group[:2]}/{_name(entry)}.dcm"
+
+
+def _name(identity: Incoming | JournalEntry) -> str:
+    parts = (
+        identity.sop_instance_uid, identity.sop_class_uid, identity.transfer_syntax_uid, identity.sha256
+    )  # fmt: skip
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _read_file_meta(file: BinaryIO) -> dict[int, str]:
+    """The texts of file meta information that `_file_meta` wrote; leaves the file at the data set."""
+    head = file.read(16)
+    (length,) = struct.unpack_from("<L", head, 12)
+    content = file.read(length)
+    texts = {}
+    at = 14  # after (0002,0001), which is no text
+    while at < len(content):
+        element, size = struct.unpack_from("<xxHxxH", content, at)
+        texts[element] = content[at + 8 : at + 8 + size].decode().rstrip("\0 ")
+        at += 8 + size
+    return texts
 
 
 def _file_meta(sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str) -> bytes:
@@ -235,14 +353,6 @@ def _text_element(element: int, vr: bytes, text: str) -> bytes:
     if len(value) % 2:
         value += b"\x00" if vr == b"UI" else b" "
     return struct.pack("<HH2sH", 0x0002, element, vr, len(value)) + value
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

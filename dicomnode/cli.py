@@ -56,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     worker = command("worker", _worker, "run one registration worker")
     config_option(worker)
     worker.add_argument("--supervised", action="store_true", help="stop when standard input closes")
+    indexer = command("indexer", _indexer, "run the indexer: read the headers of what has been received")
+    config_option(indexer)
+    indexer.add_argument("--supervised", action="store_true", help="stop when standard input closes")
     check = command("check", _check, "check the configuration and its rules; exit status 0, or 2 with the reason")
     config_option(check)
     check.add_argument("--schema", action="store_true", help="print the JSON Schema of the configuration")
@@ -100,6 +103,26 @@ def _worker(arguments: argparse.Namespace) -> int:
     # The durable engine's threads now wait for ever between two steps, which is what makes the stop clean.
     logging.shutdown()
     os._exit(0)
+
+
+def _indexer(arguments: argparse.Namespace) -> int:
+    config = configuration.load(arguments.config)
+    _log_to_stderr(config.log.level)
+    stop = _stop_at_signals()
+    if arguments.supervised:
+        threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
+    from dicomnode import volumes
+    from dicomnode.archive import Archive
+    from dicomnode.index import Index
+    from dicomnode.indexer import Indexer, run
+    from dicomnode.model import DuplicatePolicy
+
+    index = Index(config.database_url)
+    archive = Archive(config.data_dir)
+    policy = DuplicatePolicy(config.node.duplicates)
+    run(Indexer(index, archive, volumes.instance_header, duplicates=policy), stop)
+    index.close()
+    return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:

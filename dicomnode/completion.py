@@ -44,14 +44,16 @@ def is_complete(activity: SeriesActivity, *, now: datetime, quiet_s: float) -> b
     ----------
     activity
         What was received of it. While an association that sent one of its instances is open it is not complete,
-        however long the pause: the sender has not said that it has finished.
+        however long the pause: the sender has not said that it has finished. Nor is it while something that came
+        before the end of its quiet period has not been indexed, which may be one of its instances.
     now
         Timezone-aware.
     quiet_s
         Seconds without an instance, after which the series counts as complete. A clock that went backwards makes
         the series wait longer, never shorter.
     """
-    return not activity.receiving and is_quiet(activity.last_received_at, now=now, quiet_s=quiet_s)
+    is_open = activity.receiving or _is_behind(activity, quiet_s=quiet_s)
+    return not is_open and is_quiet(activity.last_received_at, now=now, quiet_s=quiet_s)
 
 
 def decide(
@@ -78,8 +80,9 @@ def decide(
         Seconds since the last instance for which a series that lacks something is waited for.
     """
     quiet_until = quiet_from(activity.last_received_at, quiet_s=quiet_s)
-    if activity.receiving or now < quiet_until:
-        return Decision(False, look_again_at=None if activity.receiving else quiet_until)
+    is_open = activity.receiving or _is_behind(activity, quiet_s=quiet_s)
+    if is_open or now < quiet_until:
+        return Decision(False, look_again_at=None if is_open else quiet_until)
     short = [each for each in promises if each.received < each.promised <= MAX_PROMISE]
     found = [*(f"{each.received} of {each.promised} instances ({each.by})" for each in short[:3]), gap]
     missing = "; ".join(filter(None, found))
@@ -96,6 +99,12 @@ def stuck(activity: SeriesActivity, *, now: datetime) -> str:
         return ""
     minutes = silent.total_seconds() // 60
     return f"stuck: an association that sent it is still open, and nothing has come for {minutes:.0f} minutes"
+
+
+def _is_behind(activity: SeriesActivity, *, quiet_s: float) -> bool:
+    """Whether something that came within the quiet period has not been indexed yet."""
+    oldest = activity.oldest_unindexed_at
+    return oldest is not None and oldest <= quiet_from(activity.last_received_at, quiet_s=quiet_s)
 
 
 def is_quiet(last_received_at: datetime, *, now: datetime, quiet_s: float) -> bool:

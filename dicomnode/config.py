@@ -1,7 +1,7 @@
 """The node's configuration: one YAML file → frozen models, or every mistake in it by file, line and key.
 
 Law: `load` reads its one file and nothing else. Names of later sections are fixed here and have no effect yet, which
-is said; a section whose silence would harm (`tls`) is refused.
+is said.
 """
 
 from __future__ import annotations
@@ -86,12 +86,6 @@ def _database_url(url: str) -> str:
     return url
 
 
-def _refuse_tls(value: object) -> None:
-    if value is not None:
-        # Going on without it would send patients' images in the clear while the file says otherwise.
-        raise ValueError("no tls section: TLS is not available in this version; use a tunnel or a trusted network")
-
-
 def _mapping_or_list(value: object) -> object:
     if value is not None and not isinstance(value, dict | list):
         raise ValueError("a mapping")
@@ -100,6 +94,9 @@ def _mapping_or_list(value: object) -> object:
 
 AETitle = Annotated[str, AfterValidator(_ae_title), Field(min_length=1, max_length=16)]
 Host = Annotated[str, AfterValidator(_matching(r"[^\s/@]+", "a host name or address")), Field(min_length=1)]
+HostOrNetwork = Annotated[
+    str, AfterValidator(_matching(r"[^\s/@]+(/\d{1,3})?", "an address, a network such as 10.1.0.0/16, or a host name"))
+]
 Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
 Name = Annotated[str, AfterValidator(_matching(r"[A-Za-z0-9._-]{1,64}", "1 to 64 letters, digits or . _ -"))]
 Device = Annotated[str, AfterValidator(_matching(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N (N from 0)"))]
@@ -138,6 +135,11 @@ class NodeSection(Section):
         default="rerun",
         description="When instances come after their series was registered. rerun: complete it again and register it "
         "again, the former jobs superseded; append: complete it again, pairs made stand; ignore: a note.",
+    )
+    duplicates: Literal["flag", "keep-first", "replace"] = Field(
+        default="flag",
+        description="Other content under a stored SOP Instance UID: flag (keep both, use the first), keep-first "
+        "(refuse it with 0x0111), replace (keep both, use the last).",
     )
 
 
@@ -195,7 +197,13 @@ class AccessSection(Section):
     """Who may send."""
 
     mode: Literal["any", "known"] = Field(
-        default="any", description="any: whoever reaches the port; known: only those listed under peers."
+        default="any", description="any: whoever reaches the port, warned about; known: only those under peers."
+    )
+    require_called_ae_title: bool = Field(
+        default=False, strict=True, description="Reject callers that do not call us by node.ae_title."
+    )
+    unknown_sop_classes: bool = Field(
+        default=True, strict=True, description="Store private and future SOP classes, whatever UID is proposed."
     )
 
 
@@ -203,7 +211,15 @@ class PeerSection(Section):
     """A system that may send where access.mode is known."""
 
     ae_title: AETitle = Field(description="Its calling AE title.")
-    host: Host | None = Field(default=None, description="Its address; left out: any address.")
+    host: HostOrNetwork | None = Field(
+        default=None, description="Its address, network (10.1.0.0/16) or host name; left out: any address."
+    )
+    max_associations: int | None = Field(
+        default=None, strict=True, ge=1, description="Associations it may have open at once; left out: no own limit."
+    )
+    port: Port | None = Field(
+        default=None, description="Where it takes storage commitment reports; left out: only on its own associations."
+    )
 
 
 class LimitsSection(Section):
@@ -215,6 +231,27 @@ class LimitsSection(Section):
     )
     network_timeout_s: float = Field(
         default=60.0, strict=True, gt=0, description="An association silent for this long is closed, seconds."
+    )
+    artim_timeout_s: float = Field(
+        default=15.0, strict=True, gt=0, description="From a connection to its whole association request, seconds."
+    )
+    max_instance_mb: int = Field(default=8192, strict=True, ge=1, description="Largest data set taken, MiB.")
+    refuse_below_free_mb: int = Field(
+        default=1024, strict=True, ge=0, description="Instances are refused (0xA700) while less is free, MiB."
+    )
+    reject_below_free_mb: int = Field(
+        default=512, strict=True, ge=0, description="Associations are rejected while less is free, MiB."
+    )
+
+
+class TlsSection(Section):
+    """Mutual TLS by BCP 195: 1.2 or 1.3, and every peer shows a certificate."""
+
+    certificate: Path = Field(description="Our certificate chain, PEM.")
+    key: Path = Field(description="Its private key, PEM.")
+    client_ca: Path = Field(description="Who signs the peers' certificates, PEM.")
+    port: Port | None = Field(
+        default=None, description="Port for TLS beside node.port in the clear; left out: node.port speaks TLS alone."
     )
 
 
@@ -243,7 +280,7 @@ class Config(Section):
     peers: tuple[PeerSection, ...] = Field(default=(), description="Systems that may send where access.mode is known.")
     limits: LimitsSection = LimitsSection()
     log: LogSection = LogSection()
-    tls: Annotated[None, BeforeValidator(_refuse_tls)] = Field(default=None, description="Refused in this version.")
+    tls: TlsSection | None = Field(default=None, description="Left out: nothing is encrypted.")
     web: Reserved = None
     storage: Reserved = None
     retention: Reserved = None
@@ -258,6 +295,14 @@ class Config(Section):
                 raise ProblemError(("destinations", index, "name"), name, "a name that no other destination has")
         if self.access.mode == "known" and not self.peers:
             raise ProblemError(("peers",), "no peers", "at least one peer where access.mode is known")
+        if self.limits.reject_below_free_mb > self.limits.refuse_below_free_mb:
+            raise ProblemError(
+                ("limits", "reject_below_free_mb"),
+                self.limits.reject_below_free_mb,
+                f"at most refuse_below_free_mb, {self.limits.refuse_below_free_mb}",
+            )
+        if self.tls is not None and self.tls.port == self.node.port:
+            raise ProblemError(("tls", "port"), self.tls.port, "another port than node.port, or none")
         return self
 
     @property
@@ -321,5 +366,13 @@ def _resolved(config: Config, folder: Path) -> Config:
             "node": config.node.model_copy(update={"data_dir": data_dir}),
             "database": config.database.model_copy(update={"url": url}),
             "rules_path": None if config.rules_path is None else folder / config.rules_path.expanduser(),
+            "tls": None
+            if config.tls is None
+            else config.tls.model_copy(
+                update={
+                    name: folder / getattr(config.tls, name).expanduser()
+                    for name in ("certificate", "key", "client_ca")
+                }
+            ),
         }
     )

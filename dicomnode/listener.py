@@ -1,126 +1,101 @@
-"""The Storage SCP: what a sender is told was stored is on the disk and in the index, or the answer says why not.
+"""The Storage SCP: what a sender is told was stored would survive a power cut, or the answer says why it was not.
 
 Law: data sets go to the disk as they come, never through decode and re-encode; 0x0000 is answered only after the
-file is durable and the index has committed; nothing a patient could be known by is logged.
+intake has sealed the file; nothing a patient could be known by is logged. The protocol stands in `upperlayer` and
+`dimse`, the decisions in `negotiation`; here are sockets, threads and timers, one thread for each connection.
 """
 
 from __future__ import annotations
 
 import logging
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections import Counter
 from contextlib import suppress
-from datetime import UTC, datetime
-from typing import Any
+from datetime import datetime
 
-import pydicom
-from pydicom import Dataset
-from pydicom.uid import ExplicitVRLittleEndian
-from pynetdicom import (
-    AE,
-    ALL_TRANSFER_SYNTAXES,
-    AllStoragePresentationContexts,
-    _config,
-    evt,
-)
-from pynetdicom.association import Association
-from pynetdicom.dimse import DIMSEServiceProvider
-from pynetdicom.dimse_messages import C_STORE_RQ
-from pynetdicom.pdu_primitives import P_DATA
-from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # made at import by pynetdicom
-from pynetdicom.transport import ThreadedAssociationServer
-
-from dicomnode.archive import (
-    IMPLEMENTATION_CLASS_UID,
-    IMPLEMENTATION_VERSION_NAME,
-    Archive,
-    Incoming,
-)
+from dicomnode import dimse, negotiation
+from dicomnode.archive import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
+from dicomnode.commitment import CommitmentSCP
+from dicomnode.dimse import Command, DataPart
 from dicomnode.errors import LocalError, stack
-from dicomnode.index import Added, Index
-from dicomnode.model import InstanceHeader
+from dicomnode.intake import DuplicateError, Intake, Reception
+from dicomnode.negotiation import STORAGE_COMMITMENT_PUSH_MODEL, Access
+from dicomnode.spool import Source
+from dicomnode.upperlayer import (
+    AssociateRequest,
+    Event,
+    Fragment,
+    Identity,
+    ProtocolError,
+    ReleaseRequest,
+    UpperLayer,
+)
 
 log = logging.getLogger(__name__)
 
-SUCCESS = 0x0000
-PROCESSING_FAILURE = 0x0110  # PS3.7 C.5.22
-DUPLICATE_SOP_INSTANCE = 0x0111  # PS3.7 C.5.9
-OUT_OF_RESOURCES = 0xA700  # PS3.4 Table B.2-1, as the next two
-DATA_SET_DOES_NOT_MATCH_SOP_CLASS = 0xA900
-CANNOT_UNDERSTAND = 0xC000
-
-# PS3.8 9.3.4: rejected-permanent, by the service user, calling-AE-title-not-recognized.
-_CALLING_AE_TITLE_NOT_RECOGNIZED = (1, 1, 3)
-
-# The acceptor chooses among the transfer syntaxes of one context, in this order. Explicit VR first: it keeps private
-# elements' VRs, and no sender is made to compress what it proposes both ways.
-_TRANSFER_SYNTAXES = [
-    ExplicitVRLittleEndian,
-    *(uid for uid in ALL_TRANSFER_SYNTAXES if uid != ExplicitVRLittleEndian),
-]
-
-_LARGE_ELEMENT_BYTES = 65536
 _BACKLOG = 128
-_ACSE_TIMEOUT_S = 15.0  # from the connection to the A-ASSOCIATE-RQ; it counts as an association meanwhile
-_RETRY_S = 2.0
+_BUFFER_BYTES = 262144
+_LINGER_S = 5.0
+_UNASKED_CONNECTIONS = 64  # beyond the associations: connections that have not asked for one yet
+_MAX_ACTION_BYTES = 32 << 20
+_CANNOT_UNDERSTAND = 0xC000  # PS3.4 Table B.2-1
 
 
 class Listener:
-    """A Storage and Verification SCP for every storage SOP class and transfer syntax that pynetdicom knows.
+    """A Storage, Storage Commitment and Verification SCP for every transfer syntax.
 
     Parameters
     ----------
-    ae_title, host, port
-        Where it listens; port 0 takes a free one, `port` tells which. Any called AE title is served.
-    header_of
-        What the index must know, from a data set without its pixel data; whatever it raises means that the instance
-        cannot be understood.
-    known_peers
-        (calling AE title, host name or address, None for any) of those who may open an association; None: anybody.
-    max_associations
-        Above it, associations are rejected transiently (PS3.8 9.3.4).
+    host, port
+        Where it listens; port 0 takes a free one, `port` tells which.
+    commitment
+        Answers storage commitment; None: that SOP class is not supported.
+    tls
+        Server side context: every connection is encrypted. None: none is.
+    unknown_sop_classes
+        Store what SOP classes nobody here has heard of, private ones too.
     max_pdu
         Largest PDU that peers may send, bytes (PS3.8 D.1).
     network_timeout_s
-        An association silent for so long, or a peer that stops in the middle of a PDU, is cut off.
+        An association silent for so long is aborted.
+    artim_timeout_s
+        From the connection to a whole A-ASSOCIATE-RQ, TLS handshake included (PS3.8 9.1.5).
     """
 
     def __init__(
         self,
-        ae_title: str,
         host: str,
         port: int,
-        archive: Archive,
-        index: Index,
-        header_of: Callable[[Dataset], InstanceHeader],
+        intake: Intake,
         *,
-        known_peers: Collection[tuple[str, str | None]] | None = None,
-        max_associations: int = 20,
+        access: Access,
+        commitment: CommitmentSCP | None = None,
+        tls: ssl.SSLContext | None = None,
+        unknown_sop_classes: bool = True,
         max_pdu: int = 131072,
         network_timeout_s: float = 60.0,
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        artim_timeout_s: float = 15.0,
     ) -> None:
         self.port = port
+        self.intake = intake
+        self.access = access
+        self.commitment = commitment
+        self.tls = tls
+        self.unknown_sop_classes = unknown_sop_classes
+        self.max_pdu = max_pdu
+        self.network_timeout_s = network_timeout_s
+        self.artim_timeout_s = min(artim_timeout_s, network_timeout_s)
+        self.stopping = threading.Event()
         self._host = host
-        self._archive = archive
-        self._index = index
-        self._header_of = header_of
-        self._known_peers = known_peers
-        self._clock = clock
-        self._stopping = threading.Event()
-        self._server: ThreadedAssociationServer | None = None
-        self._ae = AE(ae_title)
-        self._ae.implementation_class_uid = pydicom.uid.UID(IMPLEMENTATION_CLASS_UID)
-        self._ae.implementation_version_name = IMPLEMENTATION_VERSION_NAME
-        self._ae.maximum_associations = max_associations
-        self._ae.maximum_pdu_size = max_pdu
-        self._ae.network_timeout = self._ae.dimse_timeout = network_timeout_s
-        self._ae.acse_timeout = min(_ACSE_TIMEOUT_S, network_timeout_s)
-        self._ae.add_supported_context(Verification)
-        for context in AllStoragePresentationContexts:
-            self._ae.add_supported_context(str(context.abstract_syntax), _TRANSFER_SYNTAXES)
+        self._socket: socket.socket | None = None
+        self._accepting: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._connections: set[_Connection] = set()
+        self._open: dict[_Connection, str] = {}  # associations, by calling AE title
+        self._counts: Counter[str] = Counter()
 
     def start(self) -> None:
         """Bind and listen.
@@ -130,279 +105,346 @@ class Listener:
         LocalError
             The port cannot be had.
         """
-        # A calling AE title or implementation name with odd bytes is no reason to refuse images.
-        _config.CODECS = ("ascii", "utf-8", "latin-1")
-        # Nor is a value that its VR does not allow; and the warnings of pydicom would quote it.
-        pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-        handlers: list[Any] = [
-            (evt.EVT_CONN_OPEN, self._on_connection),
-            (evt.EVT_CONN_CLOSE, _on_connection_closed),
-            (evt.EVT_REQUESTED, self._on_requested),
-            (evt.EVT_C_ECHO, lambda _event: SUCCESS),
-            (evt.EVT_C_STORE, self._on_c_store),
-        ]
         try:
-            self._server = self._ae.start_server((self._host, self.port), block=False, evt_handlers=handlers)
+            family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+            self._socket = socket.create_server((self._host, self.port), family=family, backlog=_BACKLOG)
         except OSError as error:
             raise LocalError(f"cannot listen on {self._host}:{self.port}: {error}") from error
-        assert self._server is not None
-        assert self._server.socket is not None
-        self._server.socket.listen(_BACKLOG)  # pynetdicom's own backlog is 5
-        self.port = self._server.server_address[1]
-        log.info("listening as %s on %s:%d", self._ae.ae_title, self._host, self.port)
+        self.port = self._socket.getsockname()[1]
+        self._accepting = threading.Thread(target=self._accept_for_ever, name="listener", daemon=True)
+        self._accepting.start()
+        log.info("listening on %s:%d%s", self._host, self.port, "" if self.tls is None else " (TLS)")
 
     def stop(self, *, grace_s: float = 10.0) -> None:
         """Take no more associations, let the open ones finish for `grace_s`, then abort them. May be called twice."""
-        if self._server is None:
+        if self._socket is None or self._accepting is None:
             return
-        self._stopping.set()
-        self._server.shutdown()
+        self.stopping.set()
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+        self._accepting.join()
+        self._socket.close()
+        self._socket = None
         deadline = time.monotonic() + grace_s
-        open_associations = self._server.active_associations
-        for association in open_associations:
-            association.join(max(0.0, deadline - time.monotonic()))
-        for association in open_associations:
-            if association.is_alive():
-                log.warning("aborting an association that did not end within %.0f s", grace_s)
-                association.abort()
-                association.join(_RETRY_S)
-        self._server = None
+        with self._lock:
+            connections, associations = list(self._connections), list(self._open)
+        for connection in associations:
+            connection.thread.join(max(0.0, deadline - time.monotonic()))
+        for connection in connections:
+            connection.interrupt()
+        for connection in connections:
+            connection.thread.join(_LINGER_S)
 
-    # ── associations ──
+    def counts(self) -> dict[str, int]:
+        """How many connections ended how, since the start; `open` and `connections` as they stand now."""
+        with self._lock:
+            return {**self._counts, "open": len(self._open), "connections": len(self._connections)}
 
-    def _on_connection(self, event: evt.Event) -> None:
-        """Before the association's threads run: stream its data sets to the archive, and see its end."""
-        association = event.assoc
-        reception = _Reception(association, self._archive)
-        association.dimse = reception
-        sock = association.dul.socket.socket  # type: ignore[union-attr]  # set for an acceptor
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # type: ignore[union-attr]
-        sock.settimeout(self._ae.network_timeout)  # type: ignore[union-attr]  # or half a PDU would hold us forever
-        run = association.run
-
-        def run_and_close() -> None:
-            # pynetdicom has several events for an association's end, and ends that raise none. The thread's end is
-            # the one that all share, and no instance of the association can come after it.
-            try:
-                run()
-            finally:
-                self._close(reception)
-
-        association.run = run_and_close  # type: ignore[method-assign]
-
-    def _on_requested(self, event: evt.Event) -> None:
-        """Turn away those who are not known."""
-        requestor = event.assoc.requestor
-        calling_ae_title = requestor.primitive.calling_ae_title  # type: ignore[union-attr]
-        if self._known_peers is None or _is_known(calling_ae_title, requestor.address, self._known_peers):
-            return
-        log.warning("rejected association: %s at %s is not known", calling_ae_title, requestor.address)
-        event.assoc.acse.send_reject(*_CALLING_AE_TITLE_NOT_RECOGNIZED)
-        event.assoc.kill()  # returns once the rejection is out and the connection closed
-
-    def _association_id(self, association: Association, reception: _Reception) -> int:
-        """The association's row, opened with its first instance: nobody waits for one that sends none."""
-        if reception.association_id is None:
-            primitive = association.requestor.primitive
-            reception.association_id = self._index.open_association(
-                calling_ae_title=primitive.calling_ae_title,  # type: ignore[union-attr]
-                called_ae_title=primitive.called_ae_title,  # type: ignore[union-attr]
-                address=association.requestor.address,
-                now=self._clock(),
+    def admit(self, connection: _Connection, request: AssociateRequest) -> negotiation.Rejection | None:
+        """Let an association in, or say why not."""
+        is_full = self.intake.is_full()
+        with self._lock:
+            rejection = negotiation.rejection(
+                request,
+                connection.address,
+                self.access,
+                open_calling=list(self._open.values()),
+                is_full=is_full,
+                resolve=_addresses,
             )
-        return reception.association_id
+            if rejection is None:
+                self._open[connection] = request.calling_ae_title
+        return rejection
 
-    def _close(self, reception: _Reception) -> None:
-        reception.discard()
-        if reception.association_id is None:
-            return
-        while True:
+    def left(self, connection: _Connection) -> None:
+        """An association is over; its place is free."""
+        with self._lock:
+            self._open.pop(connection, None)
+
+    def ended(self, connection: _Connection, outcome: str) -> None:
+        """A connection's thread ends."""
+        with self._lock:
+            self._open.pop(connection, None)
+            self._connections.discard(connection)
+            self._counts[outcome] += 1
+
+    def _accept_for_ever(self) -> None:
+        assert self._socket is not None
+        while not self.stopping.is_set():
             try:
-                self._index.close_association(reception.association_id, now=self._clock())
-                break
-            except LocalError as error:
-                # Its series would never be complete. After a stop, the next start closes what was left open.
-                log.error("association %d: cannot record its end: %s", reception.association_id, error)
-                if self._stopping.wait(_RETRY_S):
-                    return
-        log.info(
-            "association %d closed: %d instances stored, %d not stored",
-            reception.association_id,
-            reception.stored,
-            reception.refused,
-        )
+                accepted, address = self._socket.accept()
+            except OSError as error:
+                if not self.stopping.is_set():
+                    log.error("cannot accept a connection: %s", error)  # out of file handles, say
+                    self.stopping.wait(0.1)
+                continue
+            connection = _Connection(self, accepted, address[0])
+            with self._lock:
+                is_flood = len(self._connections) >= self.access.max_associations + _UNASKED_CONNECTIONS
+                if is_flood:
+                    self._counts["turned away"] += 1
+                else:
+                    self._connections.add(connection)
+            if is_flood:
+                accepted.close()
+            else:
+                connection.thread.start()
 
-    # ── instances ──
 
-    def _on_c_store(self, event: evt.Event) -> int | Dataset:
-        """Answer a C-STORE request; the only place where an outcome becomes a status."""
-        reception: object = event.assoc.dimse
-        received: object = event.request._dataset_file
-        assert isinstance(reception, _Reception)
-        assert isinstance(received, _DataSetFile)
+class _End(Exception):  # noqa: N818 - how it ends, not an error
+    """The association is over; `outcome` says how, `last_words` go to the peer."""
+
+    def __init__(self, outcome: str, last_words: bytes = b"", detail: str = "") -> None:
+        super().__init__(outcome)
+        self.outcome, self.last_words, self.detail = outcome, last_words, detail
+
+
+class _Connection:
+    """One connection, from accept to close, in a thread of its own."""
+
+    def __init__(self, listener: Listener, accepted: socket.socket, address: str) -> None:
+        self.address = address
+        self.thread = threading.Thread(target=self._run, name=f"association {address}", daemon=True)
+        self._listener = listener
+        self._intake = listener.intake
+        self._socket = accepted
+        self._layer = UpperLayer(listener.max_pdu)
+        self._assembler = dimse.Assembler()
+        self._source: Source | None = None
+        self._opened_at: datetime | None = None
+        self._abstract_syntaxes: dict[int, str] = {}
+        self._transfer_syntaxes: dict[int, str] = {}
+        self._command: Command | None = None  # whose data set is coming
+        self._reception: Reception | None = None
+        self._failure: Exception | None = None
+        self._argument = bytearray()
+        self._reports: dict[int, int] = {}  # of storage commitment, by message id
+        self._stored = self._refused = 0
+
+    def interrupt(self) -> None:
+        """Have the thread abort its association and end."""
+        with suppress(OSError):
+            socket.socket.shutdown(self._socket, socket.SHUT_RD)  # not SSLSocket's, which drops the encryption
+
+    # ── the connection ──
+
+    def _run(self) -> None:
+        outcome = "failed"
         try:
-            self._store(event.assoc, reception, received)
-            reception.stored += 1
-            return SUCCESS
-        except _Refusal as refusal:
-            status, comment = refusal.status, str(refusal)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            self._converse()
+        except _End as end:
+            outcome = end.outcome
+            self._finish(end)
+        except ProtocolError as error:
+            outcome = "protocol error"
+            self._finish(_End(outcome, self._layer.abort(error.reason), str(error)))
+        except TimeoutError:
+            outcome = "timed out"
+            self._finish(_End(outcome, self._layer.abort() if self._source else b""))  # PS3.8 9.2.3, AA-2 in Sta2
+        except OSError as error:  # TLS errors too
+            outcome = "connection lost"
+            self._finish(_End(outcome, detail=str(error)))
+        except Exception as error:
+            # Without the error's text: it may quote the data set.
+            log.error("association from %s: %s\n%s", self.address, type(error).__name__, stack(error))
+            self._finish(_End(outcome, self._layer.abort()))
+        finally:
+            with suppress(OSError):
+                self._socket.close()
+            self._listener.ended(self, outcome)
+
+    def _converse(self) -> None:
+        listener = self._listener
+        deadline = time.monotonic() + listener.artim_timeout_s
+        self._socket.settimeout(listener.artim_timeout_s)
+        if listener.tls is not None:
+            self._socket = listener.tls.wrap_socket(self._socket, server_side=True)
+        view = memoryview(bytearray(_BUFFER_BYTES))
+        receive, take = self._socket.recv_into, self._layer.receive
+        while True:
+            if self._source is None:
+                self._socket.settimeout(max(0.001, deadline - time.monotonic()))
+            length = receive(view)
+            if not length:
+                if listener.stopping.is_set():
+                    raise _End("aborted at stop", self._layer.abort())
+                raise _End("connection lost" if self._source else "no request")
+            for event in take(view[:length]):
+                self._on_event(event)
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, Fragment):
+            for part in self._assembler.take(event):
+                if isinstance(part, DataPart):
+                    self._on_data(part)
+                else:
+                    self._on_command(part)
+        elif isinstance(event, AssociateRequest):
+            self._on_request(event)
+        elif isinstance(event, ReleaseRequest):
+            raise _End("released", self._layer.release())
+        else:
+            raise _End("aborted by the peer", detail=f"source {event.source}, reason {event.reason}")
+
+    def _finish(self, end: _End) -> None:
+        """Leave, write down how it ended, then say the last words and wait for the peer to close (PS3.8 9.2, Sta13)."""
+        if self._reception is not None:
+            self._reception.discard()
+        self._listener.left(self)
+        if self._source is not None and self._opened_at is not None:
+            outcome = f"{end.outcome}: {end.detail}" if end.detail else end.outcome
+            self._intake.ended(
+                self._source, self._opened_at, outcome=outcome, stored=self._stored, refused=self._refused
+            )
+            log.log(
+                logging.INFO if end.outcome == "released" else logging.WARNING,
+                "association of %s at %s: %s; %d instances stored, %d not stored",
+                self._source.calling_ae_title, self.address, outcome, self._stored, self._refused,
+            )  # fmt: skip
+        elif end.outcome != "no request":
+            log.warning("connection from %s: %s %s", self.address, end.outcome, end.detail)
+        if not end.last_words:
+            return
+        with suppress(OSError):  # the peer may be gone: what had to be done is done
+            self._socket.settimeout(_LINGER_S)
+            self._socket.sendall(end.last_words)
+            deadline = time.monotonic() + _LINGER_S
+            while not self._listener.stopping.is_set() and time.monotonic() < deadline and self._socket.recv(65536):
+                self._socket.settimeout(max(0.001, deadline - time.monotonic()))
+
+    def _on_request(self, request: AssociateRequest) -> None:
+        listener = self._listener
+        if rejection := listener.admit(self, request):
+            result, source, reason, text = rejection.value
+            detail = f"{request.calling_ae_title} calling {request.called_ae_title}: {text}"
+            raise _End("rejected", self._layer.reject(result, source, reason), detail)
+        answers = [
+            negotiation.answer(
+                context,
+                unknown_sop_classes=listener.unknown_sop_classes,
+                commitment=listener.commitment is not None,
+            )
+            for context in request.contexts
+        ]
+        for answer in answers:
+            if answer.result == 0:
+                self._abstract_syntaxes[answer.id] = answer.abstract_syntax
+                self._transfer_syntaxes[answer.id] = answer.transfer_syntax
+        self._source = Source.new(request.calling_ae_title, request.called_ae_title, self.address)
+        self._opened_at = self._intake.clock()
+        identity = Identity(IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME)
+        self._socket.settimeout(listener.network_timeout_s)
+        self._socket.sendall(self._layer.accept(request, answers, implementation=identity))
+
+    # ── messages ──
+
+    def _on_command(self, command: Command) -> None:
+        abstract_syntax = self._abstract_syntaxes.get(command.context_id)
+        if abstract_syntax is None:
+            raise ProtocolError(f"message in presentation context {command.context_id}, which was not accepted")
+        self._command, self._failure, self._reception = command, None, None
+        self._argument.clear()
+        if command.field == dimse.C_STORE_RQ and command.has_data_set and self._is_storage(abstract_syntax):
+            try:
+                self._reception = self._intake.begin(
+                    sop_class_uid=command.sop_class_uid,
+                    sop_instance_uid=command.sop_instance_uid,
+                    transfer_syntax_uid=self._transfer_syntaxes[command.context_id],
+                )
+            except LocalError as error:
+                self._failure = error
+        elif not command.has_data_set:
+            self._on_other_message()
+
+    def _on_data(self, part: DataPart) -> None:
+        if self._reception is not None:
+            try:
+                self._reception.write(part.data)
+            except LocalError as error:
+                self._failure = error
+                self._reception.discard()
+                self._reception = None
+        elif self._failure is None:
+            if len(self._argument) + len(part.data) > _MAX_ACTION_BYTES:
+                raise ProtocolError(f"data set of more than {_MAX_ACTION_BYTES} bytes in a message that stores nothing")
+            self._argument += part.data
+        if part.is_last:
+            if self._reception is not None or self._failure is not None:
+                self._on_instance()
+            else:
+                self._on_other_message()
+
+    def _on_instance(self) -> None:
+        """Answer a C-STORE request; the only place where an outcome becomes a status."""
+        assert self._command is not None
+        assert self._source is not None
+        assert self._opened_at is not None
+        status, comment = dimse.SUCCESS, ""
+        try:
+            if self._failure is not None:
+                raise self._failure
+            assert self._reception is not None
+            self._intake.keep(self._reception, self._source, self._opened_at)
+        except DuplicateError as error:
+            status, comment = dimse.DUPLICATE_SOP_INSTANCE, str(error)
         except LocalError as error:
-            status, comment = OUT_OF_RESOURCES, "Not stored: out of resources"
+            status, comment = dimse.OUT_OF_RESOURCES, "Not stored: out of resources"
             log.error("instance not stored: %s", error)
         except Exception as error:
-            status, comment = PROCESSING_FAILURE, "Not stored: internal error"
-            # Without the error's text: it may quote the data set.
+            status, comment = dimse.PROCESSING_FAILURE, "Not stored: internal error"
             log.error("instance not stored: %s\n%s", type(error).__name__, stack(error))
-        reception.refused += 1
-        log.warning("association %s: answered 0x%04X, %s", reception.association_id, status, comment)
-        answer = Dataset()
-        answer.Status = status
-        answer.ErrorComment = comment
-        return answer
+        finally:
+            if self._reception is not None:
+                self._reception.discard()
+            self._reception = self._failure = None
+        if status == dimse.SUCCESS:
+            self._stored += 1
+        else:
+            self._refused += 1
+            log.warning("%s: answered 0x%04X, %s", self._source.calling_ae_title, status, comment)
+        self._answer(status, comment)
 
-    def _store(self, association: Association, reception: _Reception, received: _DataSetFile) -> None:
-        incoming = received.complete()
-        header = self._understand(incoming)
-        association_id = self._association_id(association, reception)
-        instance = self._archive.keep(incoming)
-        added = self._index.add_instance(instance, header, association_id=association_id, now=self._clock())
-        if added is Added.CONFLICT:
-            self._archive.remove(instance)
-            # The sender still owns it. Which of two contents a UID means is not for us to choose.
-            raise _Refusal(DUPLICATE_SOP_INSTANCE, "SOP Instance UID is stored with other content")
+    def _on_other_message(self) -> None:
+        command = self._command
+        assert command is not None
+        abstract_syntax = self._abstract_syntaxes[command.context_id]
+        if command.field == dimse.C_ECHO_RQ:
+            self._answer(dimse.SUCCESS)
+        elif command.field == dimse.C_STORE_RQ:
+            self._refused += 1
+            self._answer(_CANNOT_UNDERSTAND, "No data set, or not in a context of a storage SOP class")
+        elif abstract_syntax == STORAGE_COMMITMENT_PUSH_MODEL and self._listener.commitment is not None:
+            self._on_commitment(command, self._listener.commitment)
+        elif command.field & dimse.IS_RESPONSE or command.field == dimse.C_CANCEL_RQ:
+            log.warning("from %s: message 0x%04X is ignored", self.address, command.field)
+        else:
+            self._answer(dimse.UNRECOGNIZED_OPERATION)
 
-    def _understand(self, incoming: Incoming) -> InstanceHeader:
-        """Read what comes before the pixel data; refuse what is not a DICOM data set, or another than announced."""
-        try:
-            dataset = pydicom.dcmread(incoming.path, stop_before_pixels=True, defer_size=_LARGE_ELEMENT_BYTES)
-            uids = str(dataset.SOPInstanceUID), str(dataset.SOPClassUID)
-            header = self._header_of(dataset)
-        except Exception as error:
-            log.warning("cannot understand a data set: %s\n%s", type(error).__name__, stack(error))
-            raise _Refusal(CANNOT_UNDERSTAND, "Data set cannot be parsed") from None
-        if not (header.study_instance_uid and header.series_instance_uid):
-            # Type 1 in every composite IOD (PS3.3 C.7.2.1, C.7.3.1); without them strangers would make one series.
-            raise _Refusal(CANNOT_UNDERSTAND, "No Study or Series Instance UID")
-        if uids != (incoming.sop_instance_uid, incoming.sop_class_uid):
-            raise _Refusal(
-                DATA_SET_DOES_NOT_MATCH_SOP_CLASS,
-                "SOP Class or Instance UID differs from the command's",
-            )
-        return header
+    def _on_commitment(self, command: Command, commitment: CommitmentSCP) -> None:
+        assert self._source is not None
+        if command.field == dimse.N_ACTION_RQ:
+            transfer_syntax = self._transfer_syntaxes[command.context_id]
+            status, report = commitment.requested(command, bytes(self._argument), transfer_syntax, self._source)
+            self._answer(status)
+            if report is not None:
+                self._reports[report.message_id] = report.commitment_id
+                self._socket.sendall(self._layer.message(command.context_id, report.command, report.data_set))
+        elif command.field == dimse.N_EVENT_REPORT_RQ | dimse.IS_RESPONSE:
+            commitment_id = self._reports.pop(command.message_id, None)
+            if commitment_id is not None:
+                commitment.answered(commitment_id, command.status)
+        else:
+            self._answer(dimse.UNRECOGNIZED_OPERATION)
 
+    def _is_storage(self, abstract_syntax: str) -> bool:
+        return negotiation.is_storage(abstract_syntax, unknown_sop_classes=True)
 
-class _Refusal(Exception):  # noqa: N818 - an answer, not an error
-    """An instance is not stored, and that is the sender's affair; the text is the Error Comment (LO, 64)."""
-
-    def __init__(self, status: int, comment: str) -> None:
-        super().__init__(comment)
-        self.status = status
-
-
-class _Reception(DIMSEServiceProvider):
-    """One association's DIMSE layer, whose incoming data sets go to the archive instead of into memory.
-
-    pynetdicom can write to files itself, but then a full disk ends the association instead of being answered, the
-    folder is the whole process's temporary one, and aborted transfers leave their files behind.
-    """
-
-    def __init__(self, association: Association, archive: Archive) -> None:
-        super().__init__(association)
-        self._archive = archive
-        self._files: list[_DataSetFile] = []
-        self.association_id: int | None = None
-        self.stored = 0
-        self.refused = 0
-
-    def receive_primitive(self, primitive: P_DATA) -> None:
-        """Take in fragments one by one, so that the file is there before the first of a data set's."""
-        for fragment in primitive.presentation_data_value_list:
-            part = P_DATA()
-            part.presentation_data_value_list.append(fragment)
-            try:
-                super().receive_primitive(part)
-                self._prepare_file()
-            except Exception as error:
-                log.error("cannot understand a message: %s\n%s", type(error).__name__, stack(error))
-                self.dul.event_queue.put("Evt19")  # PS3.8 9.2: invalid PDU, the association is aborted
-                return
-
-    def _prepare_file(self) -> None:
-        """Once a C-STORE command is complete, have its data set written to a file."""
-        message = self.message
-        if not isinstance(message, C_STORE_RQ) or message._data_set_file is not None:
-            return
-        context = self.assoc._accepted_cx[message.context_id]  # type: ignore[index]
-        file = _DataSetFile(
-            self._archive,
-            sop_class_uid=str(message.command_set.AffectedSOPClassUID),
-            sop_instance_uid=str(message.command_set.AffectedSOPInstanceUID),
-            transfer_syntax_uid=str(context.transfer_syntax[0]),
-        )
-        self._files = [each for each in self._files if not each.closed] + [file]
-        message._data_set_file = file  # type: ignore[assignment]
-
-    def discard(self) -> None:
-        """Remove what came only in part, or came and was never answered."""
-        for file in self._files:
-            file.close()
-
-
-class _DataSetFile:
-    """Stands in for the temporary file that pynetdicom writes a data set to and closes after the answer.
-
-    Trouble is kept for the answer: an exception here, in the thread that reads the network, would only abort.
-    """
-
-    def __init__(self, archive: Archive, **uids: str) -> None:
-        self.closed = False
-        self.file = self  # pynetdicom calls file.flush() after every fragment
-        self.name = ""  # pynetdicom removes the file of this name after the answer: `close` is enough
-        self._incoming: Incoming | None = None
-        self._failure: LocalError | None = None
-        try:
-            self._incoming = archive.receive(**uids)
-        except LocalError as error:
-            self._failure = error
-
-    def write(self, data: bytes) -> None:
-        """Append a fragment, unless one could not be written before."""
-        if self._incoming is None:
-            return
-        try:
-            self._incoming.write(data)
-        except LocalError as error:
-            self._failure = error
-            self._incoming.discard()
-            self._incoming = None
-
-    def flush(self) -> None:
-        """Nothing: once, when complete, is enough."""
-
-    def complete(self) -> Incoming:
-        """The whole instance, readable at its path; LocalError if the disk did not take it."""
-        if self._incoming is None:
-            raise self._failure or LocalError("archive: the data set was closed before it was stored")
-        self._incoming.flush()
-        return self._incoming
-
-    def close(self) -> None:
-        """Remove the temporary file, unless the archive has kept it."""
-        self.closed = True
-        if self._incoming is not None:
-            self._incoming.discard()
-            self._incoming = None
-
-
-def _on_connection_closed(event: evt.Event) -> None:
-    """Wake an association that still waits for its request: load balancers that only connect would use up all."""
-    if event.assoc.requestor.primitive is None:
-        event.assoc.dul.to_user_queue.put(None)  # what a time-out looks like
-
-
-def _is_known(calling_ae_title: str, address: str, known_peers: Collection[tuple[str, str | None]]) -> bool:
-    hosts = [host for ae_title, host in known_peers if ae_title == calling_ae_title]
-    return None in hosts or any(address in _addresses(host) for host in hosts if host is not None)
+    def _answer(self, status: int, comment: str = "") -> None:
+        assert self._command is not None
+        answer = dimse.response(self._command, status, comment)
+        self._socket.sendall(self._layer.message(self._command.context_id, answer))
 
 
 def _addresses(host: str) -> set[str]:

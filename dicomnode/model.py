@@ -27,6 +27,17 @@ class SeriesState(StrEnum):
     """Complete, but not one regular volume; `reason` carries the measured figure."""
 
 
+class DuplicatePolicy(StrEnum):
+    """What becomes of other content under a SOP Instance UID that is stored already; never is it lost in silence."""
+
+    FLAG = "flag"
+    """Both are kept, the first is used, and the second shows up in quarantine."""
+    KEEP_FIRST = "keep-first"
+    """The sender is answered 0x0111 and keeps it."""
+    REPLACE = "replace"
+    """Both are kept, the last is used, and the first shows up in quarantine."""
+
+
 class JobState(StrEnum):
     """Where a registration job stands. A crash leaves it as it is; the worker resumes it at start."""
 
@@ -83,6 +94,31 @@ class Instance:
 
 
 @dataclass(frozen=True)
+class JournalEntry:
+    """An instance that is safe and acknowledged, and whose header nobody has looked at yet.
+
+    Attributes
+    ----------
+    path
+        Of the sealed file, relative to the archive's root.
+    sop_instance_uid, sop_class_uid
+        As the sender's command or file meta information named them, whatever that is.
+    attempts
+        How often its header was begun to be read.
+    """
+
+    sop_instance_uid: str
+    sop_class_uid: str
+    transfer_syntax_uid: str
+    path: str
+    sha256: str
+    size_bytes: int
+    received_at: datetime
+    id: int = 0
+    attempts: int = 0
+
+
+@dataclass(frozen=True)
 class InstanceHeader:
     """What the index must know of an instance besides its bytes; every text as received, empty where absent."""
 
@@ -111,6 +147,8 @@ class SeriesActivity:
     """An association that sent one of its instances is still open."""
     is_fetched: bool = False
     """All of it was asked for by a rule."""
+    oldest_unindexed_at: datetime | None = None
+    """When the oldest instance came whose header has not been read: it may belong to any series."""
 
 
 @dataclass(frozen=True)
@@ -342,3 +380,22 @@ class Delivery:
     status: int | None = None
     """The DIMSE status of the last answer, None where none came."""
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Commitment:
+    """A request for storage commitment whose report the requestor has not taken yet.
+
+    Attributes
+    ----------
+    references
+        (SOP Class UID, SOP Instance UID) of what it asks for.
+    """
+
+    id: int
+    transaction_uid: str
+    calling_ae_title: str
+    address: str
+    references: tuple[tuple[str, str], ...]
+    attempts: int
+    created_at: datetime

@@ -1,4 +1,5 @@
-"""The node as one supervised process: listener, scheduler and delivery here, registration in a child process.
+"""The node as one supervised process: listener, scheduler and delivery here; indexing and registration in child
+processes.
 
 Law: this process never imports torch; whatever dies is started again with a growing pause; SIGTERM lets every
 part finish what it has in hand.
@@ -7,6 +8,7 @@ part finish what it has in hand.
 from __future__ import annotations
 
 import logging
+import ssl
 import subprocess
 import sys
 import threading
@@ -14,13 +16,17 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from dicomnode import rules, volumes, workflow
+from dicomnode import rules, workflow
 from dicomnode.archive import Archive
-from dicomnode.config import Config
+from dicomnode.commitment import CommitmentSCP
+from dicomnode.config import Config, TlsSection
 from dicomnode.delivery import DeliveryService
 from dicomnode.errors import LocalError
 from dicomnode.index import Index
+from dicomnode.intake import Intake, IntakeLimits
 from dicomnode.listener import Listener
+from dicomnode.model import DuplicatePolicy
+from dicomnode.negotiation import Access, Peer
 from dicomnode.retrieve import PriorService
 from dicomnode.scheduler import Scheduler
 
@@ -44,7 +50,6 @@ def serve(config: Config, config_path: Path | None, stop: threading.Event) -> No
     for warning in config.warnings():
         log.warning(warning)
     archive = Archive(config.data_dir)
-    archive.sweep()
     index = Index(config.database_url)
     index.migrate()
     workflow.migrate(config.database_url)
@@ -63,54 +68,118 @@ def serve(config: Config, config_path: Path | None, stop: threading.Event) -> No
         sources=config.sources,
         enqueue=queue.enqueue,
     )
-    worker = WorkerProcess(config_path)
+    children = [ChildProcess("indexer", config_path), ChildProcess("worker", config_path)]
     delivery = DeliveryService(config.destinations, index, archive, ae_title=config.node.ae_title)
-    listener = Listener(
-        config.node.ae_title,
-        config.node.host,
-        config.node.port,
-        archive,
-        index,
-        volumes.instance_header,
-        known_peers=[(peer.ae_title, peer.host) for peer in config.peers] if config.access.mode == "known" else None,
-        max_associations=config.limits.max_associations,
-        max_pdu=config.limits.max_pdu,
-        network_timeout_s=config.limits.network_timeout_s,
+    intake = Intake(archive, index, duplicates=DuplicatePolicy(config.node.duplicates), limits=_intake_limits(config))
+    peers = tuple(
+        Peer(peer.ae_title, () if peer.host is None else (peer.host,), peer.max_associations, peer.port)
+        for peer in config.peers
     )
+    commitment = CommitmentSCP(config.node.ae_title, peers, index, intake)
+    listeners = _listeners(config, peers, intake, commitment)
     priors = PriorService(config.sources, index, archive, ae_title=config.node.ae_title)
     try:
+        intake.start()
+        for child in children:
+            child.start()
         priors.start()
-        worker.start()
         delivery.start()
-        listener.start()
+        commitment.start()
+        for listener in listeners:
+            listener.start()
         while not stop.wait(TICK_S):
-            worker.look_after()
+            for child in children:
+                child.look_after()
             try:
                 scheduler.tick(datetime.now(UTC))
             except LocalError as error:
                 log.error("scheduler: trying again after: %s", error)
     finally:
         log.info("stopping")
-        worker.ask_to_stop()
+        for child in children:
+            child.ask_to_stop()
+        for listener in listeners:
+            listener.stop()
         priors.stop()
-        listener.stop()
+        commitment.stop()
+        intake.stop()
         delivery.stop()
-        worker.wait()
+        for child in children:
+            child.wait()
         queue.close()
         index.close()
         log.info("stopped")
 
 
-class WorkerProcess:
-    """The child process that registers; restarted when it dies, with a pause that grows while it keeps dying.
+def _intake_limits(config: Config) -> IntakeLimits:
+    limits = config.limits
+    return IntakeLimits(
+        max_instance_bytes=limits.max_instance_mb << 20,
+        refuse_below_bytes=limits.refuse_below_free_mb << 20,
+        reject_below_bytes=limits.reject_below_free_mb << 20,
+    )
+
+
+def _listeners(config: Config, peers: tuple[Peer, ...], intake: Intake, commitment: CommitmentSCP) -> list[Listener]:
+    access = Access(
+        peers=peers if config.access.mode == "known" else None,
+        called_ae_title=config.node.ae_title if config.access.require_called_ae_title else None,
+        max_associations=config.limits.max_associations,
+    )
+
+    def listener(port: int, tls: ssl.SSLContext | None) -> Listener:
+        return Listener(
+            config.node.host,
+            port,
+            intake,
+            access=access,
+            commitment=commitment,
+            tls=tls,
+            unknown_sop_classes=config.access.unknown_sop_classes,
+            max_pdu=config.limits.max_pdu,
+            network_timeout_s=config.limits.network_timeout_s,
+            artim_timeout_s=config.limits.artim_timeout_s,
+        )
+
+    if config.tls is None:
+        return [listener(config.node.port, None)]
+    context = tls_context(config.tls)
+    if config.tls.port is None:
+        return [listener(config.node.port, context)]
+    return [listener(config.node.port, None), listener(config.tls.port, context)]
+
+
+def tls_context(tls: TlsSection) -> ssl.SSLContext:
+    """Server side of the BCP 195 TLS Profile (PS3.15 B.12): 1.2 or 1.3, forward secrecy, mutual authentication.
+
+    Raises
+    ------
+    LocalError
+        A file cannot be used.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM")  # of TLS 1.2; those of 1.3 are all good (RFC 9325)
+    context.verify_mode = ssl.CERT_REQUIRED
+    try:
+        context.load_cert_chain(tls.certificate, tls.key)
+        context.load_verify_locations(tls.client_ca)
+    except (OSError, ssl.SSLError) as error:
+        raise LocalError(f"tls: {tls.certificate}, {tls.key}, {tls.client_ca}: {error}") from error
+    return context
+
+
+class ChildProcess:
+    """A child process, `dicomnode COMMAND --supervised`; restarted when it dies, with a pause that grows.
 
     Its standard input is a pipe that nothing is written to: it closes when this process dies, however it dies,
     and the worker stops.
     """
 
-    def __init__(self, config_path: Path | None) -> None:
+    def __init__(self, command: str, config_path: Path | None) -> None:
         at = [] if config_path is None else ["--config", str(config_path)]
-        self._command = [sys.executable, "-m", "dicomnode", "worker", "--supervised", *at]
+        self._name = command
+        self._command = [sys.executable, "-m", "dicomnode", command, "--supervised", *at]
         self._process: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
         self._pause_s = 1.0
@@ -129,7 +198,7 @@ class WorkerProcess:
             self._pause_s = 1.0 if now - self._started_at > STABLE_AFTER_S else min(2 * self._pause_s, LONGEST_PAUSE_S)
             self._restart_at = now + self._pause_s
             self._process = None
-            log.error("worker died with status %s; starting it again in %.0f s", status, self._pause_s)
+            log.error("%s died with status %s; starting it again in %.0f s", self._name, status, self._pause_s)
         if self._process is None and now >= self._restart_at:
             self.start()
 

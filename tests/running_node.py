@@ -93,6 +93,7 @@ class RunningNode:
         text = {
             "node": node,
             "database": {"url": database_url},
+            "access": {"mode": "any"},
             "destinations": peers,
             "sources": list(sources),
             "worker": {"device": "cpu"},

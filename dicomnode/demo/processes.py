@@ -40,6 +40,7 @@ rules:
 """
 CONFIG = """\
 node: {{ae_title: DICOMNODE, host: 127.0.0.1, port: {port}, data_dir: dicomnode-data, quiet_period_s: 2}}
+access: {{mode: any}}
 destinations: [{{name: pacs, ae_title: STANDIN, host: 127.0.0.1, port: {pacs_port}}}]
 rules: rules.yaml
 """

@@ -8,21 +8,34 @@ Law: every method is one transaction; database trouble leaves as LocalError; row
     late         what came after a series was complete
     rule_sets    every version of the rules      decisions            traces and work items
     priors       what PACS sources are asked for
+    journal      sealed, not yet indexed; aside  commitments          storage commitment requests
     jobs         stages, verdicts, products      deliveries           the ledger        status   all of it, to read
 """
 
+from dicomnode.index.commitments import Commitments
 from dicomnode.index.database import create_engine
 from dicomnode.index.deliveries import Deliveries
 from dicomnode.index.jobs import Jobs
+from dicomnode.index.journal import AssociationRecord, Journal, Settled
 from dicomnode.index.late import SUPERSEDED, Late
 from dicomnode.index.pairs import NOT_LOOKED_AT, Enqueue, Pairs
 from dicomnode.index.priors import PriorFetch, Priors
-from dicomnode.index.receiving import Added, Receiving
+from dicomnode.index.receiving import Added
 from dicomnode.index.rule_sets import RuleSets
 from dicomnode.index.status import Status
 
-__all__ = ["NOT_LOOKED_AT", "SUPERSEDED", "Added", "Enqueue", "Index", "PriorFetch", "create_engine"]
+__all__ = [
+    "NOT_LOOKED_AT",
+    "SUPERSEDED",
+    "Added",
+    "AssociationRecord",
+    "Enqueue",
+    "Index",
+    "PriorFetch",
+    "Settled",
+    "create_engine",
+]
 
 
-class Index(Receiving, Late, RuleSets, Pairs, Priors, Jobs, Deliveries, Status):
+class Index(Journal, Late, RuleSets, Pairs, Priors, Jobs, Deliveries, Commitments, Status):
     """What the node knows of patients, studies, series, instances, pairs, jobs, products and deliveries."""

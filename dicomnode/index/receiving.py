@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from dicomnode.errors import LocalError
 from dicomnode.index.database import Database, inserted_key, series_key, stored_instance, upsert
 from dicomnode.index.late import is_in_a_pair
-from dicomnode.index.tables import association, instance, patient, prior_fetch, product, series, study, volume
+from dicomnode.index.tables import association, instance, journal, patient, prior_fetch, product, series, study, volume
 from dicomnode.model import Instance, InstanceHeader, Member, SeriesActivity, SeriesState, VolumeRef
 
 
@@ -56,21 +56,36 @@ class Receiving(Database):
         when the series is read as a volume.
         """
         with self._writing() as connection:
-            known = connection.scalar(
-                sa.select(instance.c.sha256).where(instance.c.sop_instance_uid == stored.sop_instance_uid)
+            return self._add_instance(connection, stored, header, association_id=association_id, now=now)
+
+    def _add_instance(
+        self,
+        connection: sa.Connection,
+        stored: Instance,
+        header: InstanceHeader,
+        *,
+        association_id: int,
+        now: datetime,
+        received_at: datetime | None = None,
+    ) -> Added:
+        known = connection.scalar(
+            sa.select(instance.c.sha256).where(instance.c.sop_instance_uid == stored.sop_instance_uid)
+        )
+        is_fetched = _is_asked_for(connection, header.series_instance_uid, association_id)
+        if known is not None:
+            if not is_fetched:
+                _make_current(connection, header.series_instance_uid, now)
+            return Added.EQUAL if known == stored.sha256 else Added.CONFLICT
+        series_id = self._series_id(connection, header, now, is_fetched=is_fetched)
+        connection.execute(
+            instance.insert().values(
+                series_id=series_id,
+                association_id=association_id,
+                received_at=received_at or now,
+                **asdict(stored),
             )
-            is_fetched = _is_asked_for(connection, header.series_instance_uid, association_id)
-            if known is not None:
-                if not is_fetched:
-                    _make_current(connection, header.series_instance_uid, now)
-                return Added.EQUAL if known == stored.sha256 else Added.CONFLICT
-            series_id = self._series_id(connection, header, now, is_fetched=is_fetched)
-            connection.execute(
-                instance.insert().values(
-                    series_id=series_id, association_id=association_id, received_at=now, **asdict(stored)
-                )
-            )
-            return Added.NEW
+        )
+        return Added.NEW
 
     def find_instance(self, sop_instance_uid: str) -> Instance | None:
         """The stored instance of that UID, or None."""
@@ -138,6 +153,7 @@ class Receiving(Database):
                 .label("instances"),
                 is_open.label("receiving"),
                 series.c.is_fetched,
+                sa.select(sa.func.min(journal.c.received_at)).scalar_subquery().label("oldest_unindexed_at"),
             )
             .join_from(series, study, series.c.study_id == study.c.id)
             .join(patient, series.c.patient_id == patient.c.id)

@@ -7,7 +7,20 @@ from typing import Any
 import sqlalchemy as sa
 
 from dicomnode.index.database import Database
-from dicomnode.index.tables import delivery, instance, job, pair, prior_fetch, product, series, study
+from dicomnode.index.tables import (
+    association,
+    commitment,
+    delivery,
+    instance,
+    job,
+    journal,
+    pair,
+    prior_fetch,
+    product,
+    quarantine,
+    series,
+    study,
+)
 
 
 class Status(Database):
@@ -16,6 +29,8 @@ class Status(Database):
     def status(self) -> dict[str, list[dict[str, Any]]]:
         """Everything an administrator asks for: studies, series, jobs, deliveries, with reasons."""
         fixed, moving = series.alias(), series.alias()
+        is_open = association.c.closed_at.is_(None)
+        outcome = sa.case((is_open, sa.literal_column("'open'")), else_=association.c.outcome).label("outcome")
         count = sa.func.count(instance.c.id).label("instances")
         queries = {
             "studies": sa.select(study.c.study_instance_uid, sa.func.count(series.c.id).label("series"))
@@ -44,6 +59,30 @@ class Status(Database):
             .join(fixed, pair.c.fixed_series_id == fixed.c.id)
             .join(moving, pair.c.moving_series_id == moving.c.id)
             .order_by(job.c.created_at, job.c.id),
+            "quarantine": sa.select(
+                quarantine.c.sop_instance_uid, quarantine.c.reason, quarantine.c.path, quarantine.c.received_at,
+                association.c.calling_ae_title, association.c.address,
+            )
+            .join(association, quarantine.c.association_id == association.c.id)
+            .order_by(quarantine.c.id),
+            "journal": sa.select(
+                sa.func.count(journal.c.id).label("not_yet_indexed"),
+                sa.func.min(journal.c.received_at).label("oldest"),
+            ),
+            "associations": sa.select(
+                association.c.calling_ae_title, association.c.address,
+                outcome,
+                sa.func.count(association.c.id).label("associations"),
+                sa.func.sum(association.c.stored).label("stored"),
+                sa.func.sum(association.c.refused).label("refused"),
+                sa.func.max(association.c.opened_at).label("last"),
+            )
+            .group_by(association.c.calling_ae_title, association.c.address, outcome)
+            .order_by(sa.func.max(association.c.id)),
+            "commitments": sa.select(
+                commitment.c.transaction_uid, commitment.c.calling_ae_title, commitment.c.state,
+                commitment.c.attempts, commitment.c.reason,
+            ).order_by(commitment.c.id),
             "deliveries": sa.select(
                 product.c.sop_instance_uid, product.c.kind, delivery.c.destination, delivery.c.state,
                 delivery.c.status, delivery.c.attempts, delivery.c.reason,

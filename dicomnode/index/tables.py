@@ -61,6 +61,19 @@ def _stored_instance() -> list[sa.Column[object]]:
     ]
 
 
+def _sealed_instance() -> list[sa.Column[object]]:
+    """What `model.JournalEntry` holds: the identifiers are a sender's, whatever their length."""
+    return [
+        sa.Column("sop_instance_uid", sa.String(255), nullable=False, index=True),
+        sa.Column("sop_class_uid", sa.String(255), nullable=False),
+        sa.Column("transfer_syntax_uid", sa.String(255), nullable=False),
+        sa.Column("path", sa.String(200), nullable=False, unique=True),
+        sa.Column("sha256", sa.String(64), nullable=False),
+        sa.Column("size_bytes", sa.BigInteger, nullable=False),
+        sa.Column("received_at", UtcDateTime, nullable=False, index=True),
+    ]
+
+
 patient = sa.Table(
     "patient",
     METADATA,
@@ -101,6 +114,26 @@ association = sa.Table(
     sa.Column("address", sa.String(64), nullable=False),
     sa.Column("opened_at", UtcDateTime, nullable=False),
     sa.Column("closed_at", UtcDateTime, index=True),
+    sa.Column("key", sa.String(32), unique=True, index=True),
+    sa.Column("outcome", sa.String(200), nullable=False, server_default=""),
+    sa.Column("stored", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("refused", sa.Integer, nullable=False, server_default="0"),
+)
+journal = sa.Table(
+    "journal",
+    METADATA,
+    _id(),
+    _to("association"),
+    *_sealed_instance(),
+    sa.Column("attempts", sa.Integer, nullable=False),
+)
+quarantine = sa.Table(
+    "quarantine",
+    METADATA,
+    _id(),
+    _to("association"),
+    *_sealed_instance(),
+    sa.Column("reason", sa.Text, nullable=False),
 )
 instance = sa.Table(
     "instance",
@@ -110,6 +143,21 @@ instance = sa.Table(
     _to("association"),
     *_stored_instance(),
     sa.Column("received_at", UtcDateTime, nullable=False),
+)
+commitment = sa.Table(
+    "commitment",
+    METADATA,
+    _id(),
+    sa.Column("transaction_uid", UID, nullable=False),
+    sa.Column("calling_ae_title", sa.String(64), nullable=False),
+    sa.Column("address", sa.String(64), nullable=False),
+    sa.Column("references", sa.JSON, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False, index=True),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("next_attempt_at", UtcDateTime, nullable=False),
+    sa.UniqueConstraint("transaction_uid", "calling_ae_title"),
 )
 volume = sa.Table(
     "volume",

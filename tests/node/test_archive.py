@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pydicom
@@ -14,6 +15,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittle
 
 from dicomnode.archive import Archive, Incoming
 from dicomnode.errors import LocalError
+from dicomnode.spool import JournalRecord, Source
 
 EXPLICIT = str(ExplicitVRLittleEndian)
 
@@ -32,7 +34,8 @@ def receive(archive: Archive, content: bytes, *, uid: str = "1.2.3", transfer_sy
 
 
 def files(archive: Archive) -> list[Path]:
-    return sorted(path for path in archive.root.rglob("*") if path.is_file())
+    """Every file that holds anything."""
+    return sorted(path for path in archive.root.rglob("*") if path.is_file() and path.stat().st_size)
 
 
 def data_set_of(path: Path) -> bytes:
@@ -118,26 +121,54 @@ def test_removing_takes_the_file_away_and_may_be_repeated(archive: Archive) -> N
     assert files(archive) == []
 
 
-def test_a_sweep_removes_what_a_killed_process_left_and_nothing_that_is_being_written(archive: Archive) -> None:
+def test_what_a_killed_process_sealed_is_recovered_and_what_it_did_not_is_removed(archive: Archive) -> None:
     program = """
 import os, signal, sys
+from datetime import UTC, datetime
 from pathlib import Path
 from dicomnode.archive import Archive
-incoming = Archive(Path(sys.argv[1])).receive(sop_class_uid="1", sop_instance_uid="2", transfer_syntax_uid="3")
-incoming.write(b"never finished")
-incoming.flush()
+from dicomnode.spool import Source
+archive = Archive(Path(sys.argv[1]))
+for uid in ("1.1", "1.2"):
+    incoming = archive.receive(sop_class_uid="1", sop_instance_uid=uid, transfer_syntax_uid="3")
+    incoming.write(uid.encode() * 1000)
+    if uid == "1.1":
+        archive.seal(incoming, Source(bytes(16), "CT1", "NODE", "10.0.0.7"), now=datetime(2026, 1, 2, tzinfo=UTC))
+    else:
+        incoming.flush()
 os.kill(os.getpid(), signal.SIGKILL)
 """
     subprocess.run([sys.executable, "-c", program, archive.root], check=False)
     alive = receive(archive, b"still coming")
     assert len(files(archive)) == 2
 
-    removed = archive.sweep()
+    ((entry, source),) = archive.recover()
 
-    assert removed == 1
-    instance = archive.keep(alive)
-    assert data_set_of(archive.path(instance)) == b"still coming"
-    assert archive.sweep() == 0
+    assert (entry.sop_instance_uid, entry.sop_class_uid, entry.transfer_syntax_uid) == ("1.1", "1", "3")
+    assert entry.sha256 == hashlib.sha256(b"1.1" * 1000).hexdigest()
+    assert (entry.received_at, source) == (
+        datetime(2026, 1, 2, tzinfo=UTC),
+        Source(bytes(16), "CT1", "NODE", "10.0.0.7"),
+    )
+    (instance,) = archive.settle([entry])
+    assert archive.settle([entry]) == [instance]
+    assert data_set_of(archive.path(instance)) == b"1.1" * 1000
+    assert data_set_of(archive.path(archive.keep(alive))) == b"still coming"
+    assert list(archive.recover()) == []
+    assert [path.parent.parent.name for path in files(archive)] == ["instances", "instances"]
+
+
+@pytest.mark.parametrize("address", ["192.0.2.7", "2001:db8::7"])
+def test_a_journal_record_is_read_back_equal_and_a_damaged_one_is_none(address: str) -> None:
+    source = Source.new("RÖNTGEN", "NODE", address)
+    record = JournalRecord(source, datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=UTC), 2**40, "ab" * 32)
+
+    encoded = record.encode()
+
+    assert len(encoded) == 128
+    assert JournalRecord.decode(encoded) == record
+    assert JournalRecord.decode(encoded[:100] + b"!" + encoded[101:]) is None
+    assert JournalRecord.decode(bytes(128)) is None
 
 
 def test_a_dataset_made_here_is_read_back_equal(archive: Archive) -> None:
@@ -168,6 +199,7 @@ def test_dcmtk_reads_the_meta_information_without_complaint(archive: Archive) ->
 def test_the_file_is_synced_before_the_rename_and_the_folder_after_it(tmp_path: Path) -> None:
     program = """
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from dicomnode.archive import Archive
 archive = Archive(Path(sys.argv[1]))

@@ -144,7 +144,15 @@ def test_database_urls_are_completed(tmp_path: Path, url: str, expected: str) ->
         ("peers: [{ae_title: A, host: h, adress: x}]", "peers[0].adress", "adress", "one of ae_title, host"),
         ("limits: {max_associations: 0}", "limits.max_associations", 0, "greater"),
         ("log: {level: loud}", "log.level", "loud", "'debug'"),
-        ("tls: {certificate: a.pem}", "tls", "a mapping", "not available in this version"),
+        ("tls: {certificate: a.pem, key: k.pem}", "tls.client_ca", "nothing", "required"),
+        (
+            "tls: {certificate: a.pem, key: k.pem, client_ca: c.pem, port: 11112}",
+            "tls.port",
+            11112,
+            "another port than node.port",
+        ),
+        ("limits: {reject_below_free_mb: 4096}", "limits.reject_below_free_mb", 4096, "at most refuse_below_free_mb"),
+        ("peers: [{ae_title: A, host: 10.0.0.0/xx}]", "peers[0].host", "10.0.0.0/xx", "a network"),
         ("web: yes please", "web", "yes please", "a mapping"),
     ],
 )

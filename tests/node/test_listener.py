@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import re
 import resource
 import shutil
 import socket
@@ -13,8 +15,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pydicom
@@ -39,10 +43,15 @@ from pynetdicom.presentation import build_context
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 from pynetdicom.transport import AddressInformation
 
+from dicomnode import completion
 from dicomnode.archive import Archive
 from dicomnode.errors import LocalError
 from dicomnode.index import Index
+from dicomnode.indexer import Indexer
+from dicomnode.intake import Intake, IntakeLimits
 from dicomnode.listener import Listener
+from dicomnode.model import DuplicatePolicy, InstanceHeader
+from dicomnode.negotiation import Access, Peer
 from dicomnode.volumes import instance_header
 
 CORPUS = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "dicom" / "corpus-pydicom"
@@ -51,22 +60,47 @@ CORPUS = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "dicom
 class Node:
     """A listener with a real archive and a real index in one folder."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        access: Access | None = None,
+        duplicates: DuplicatePolicy = DuplicatePolicy.FLAG,
+        limits: IntakeLimits | None = None,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        **options: Any,
+    ) -> None:
         self.archive = Archive(folder)
         self.index = Index(f"sqlite:///{folder}/node.db")
         self.index.migrate()
-        self.listener = Listener("NODE", "127.0.0.1", 0, self.archive, self.index, instance_header, **options)
+        self.indexer = Indexer(self.index, self.archive, instance_header, duplicates=duplicates)
+        self.intake = Intake(self.archive, self.index, duplicates=duplicates, limits=limits, clock=clock)
+        self.intake.start()
+        self.listener = Listener("127.0.0.1", 0, self.intake, access=access or Access(), **options)
         self.listener.start()
         self.port = self.listener.port
 
     def stop(self) -> None:
         self.listener.stop(grace_s=0.5)
+        self.intake.stop()
         self.index.close()
 
+    def index_all(self) -> None:
+        self.intake.flush()
+        while self.indexer.run_once():
+            pass
+
     def files(self) -> list[Path]:
-        return [path for path in self.archive.root.rglob("*") if path.suffix in (".dcm", ".part")]
+        """Every file that holds anything, sealed, being received or kept."""
+        found = [path for path in self.archive.root.rglob("*") if path.suffix in (".dcm", ".part")]
+        return [path for path in found if path.stat().st_size]
+
+    def quarantine(self) -> list[dict[str, Any]]:
+        self.index_all()
+        return self.index.status()["quarantine"]
 
     def data_set(self, uid: str) -> bytes:
+        self.index_all()
         instance = self.index.find_instance(uid)
         assert instance is not None
         return data_set_of(self.archive.path(instance))
@@ -79,7 +113,7 @@ class Node:
 
 @pytest.fixture(scope="module")
 def stopping() -> Iterator[ThreadPoolExecutor]:
-    """Stops nodes while the next tests run: pynetdicom's server takes half a second to notice."""
+    """Stops nodes while the next tests run."""
     with ThreadPoolExecutor() as pool:
         yield pool
 
@@ -254,78 +288,146 @@ def test_an_equal_instance_is_acknowledged_again_and_stored_once(node: Node, tmp
     assert send(node, path, path) == [0x0000, 0x0000]
     assert send(node, path) == [0x0000]
 
+    node.index_all()
     assert len(node.files()) == 1
+    assert node.quarantine() == []
 
 
-def test_other_content_under_a_stored_uid_is_refused_and_the_first_is_kept(node: Node, tmp_path: Path) -> None:
-    first = write(make_dataset(), tmp_path / "first.dcm")
-    second = write(make_dataset(), tmp_path / "second.dcm")
+@pytest.mark.parametrize(
+    ("policy", "second_status", "in_use", "aside"),
+    [
+        (DuplicatePolicy.FLAG, 0x0000, "first", "both are kept, the first is used"),
+        (DuplicatePolicy.KEEP_FIRST, 0x0111, "first", None),
+        (DuplicatePolicy.REPLACE, 0x0000, "second", "replaced by other content"),
+    ],
+)
+def test_other_content_under_a_stored_uid_is_dealt_with_as_configured_and_never_in_silence(
+    start: Callable[..., Node], tmp_path: Path, policy: DuplicatePolicy, second_status: int, in_use: str, aside: str
+) -> None:
+    node = start(duplicates=policy)
+    contents = {name: write(make_dataset(), tmp_path / f"{name}.dcm") for name in ("first", "second")}
 
-    assert send(node, first) == [0x0000]
-    assert send(node, second) == [0x0111]
+    assert send(node, contents["first"], contents["second"], contents["first"]) == [0x0000, second_status, 0x0000]
 
-    assert node.data_set("2.25.100.1") == data_set_of(first)
-    assert len(node.files()) == 1
-
-
-# ── what is refused ──
-
-
-def test_a_data_set_with_another_instance_uid_than_the_command_is_refused(node: Node, tmp_path: Path) -> None:
-    path = write(make_dataset(), tmp_path / "a.dcm", sop_instance_uid="2.25.999")
-
-    assert send(node, path) == [0xA900]
-
-    assert node.files() == []
-
-
-def test_a_data_set_of_another_sop_class_than_the_command_is_refused(node: Node, tmp_path: Path) -> None:
-    path = write(make_dataset(), tmp_path / "a.dcm", sop_class_uid=MRImageStorage)
-
-    assert send(node, path) == [0xA900]
-
-    assert node.files() == []
+    if policy is DuplicatePolicy.REPLACE:
+        node.index_all()
+        assert send(node, contents["second"]) == [0x0000]  # the last one that came is in use
+    assert node.data_set("2.25.100.1") == data_set_of(contents[in_use])
+    reasons = [each["reason"] for each in node.quarantine()]
+    assert all(aside in reason for reason in reasons)
+    assert bool(reasons) is (aside is not None)
 
 
-def test_garbage_is_not_understood_and_what_follows_it_is_stored(node: Node, tmp_path: Path) -> None:
+# ── what is kept aside, and what is refused ──
+
+
+@pytest.mark.parametrize(
+    ("meta", "reason"),
+    [
+        ({"sop_instance_uid": "2.25.999"}, "SOP Instance UID: got '2.25.100.1', expected '2.25.999'"),
+        ({"sop_class_uid": MRImageStorage}, "SOP Class UID: got"),
+    ],
+)
+def test_another_data_set_than_announced_is_kept_aside_with_the_reason(
+    node: Node, tmp_path: Path, meta: dict[str, str], reason: str
+) -> None:
+    path = write(make_dataset(), tmp_path / "a.dcm", **meta)
+
+    assert send(node, path) == [0x0000]
+
+    (aside,) = node.quarantine()
+    assert reason in aside["reason"]
+    assert data_set_of(node.archive.root / aside["path"]) == data_set_of(path)
+
+
+def test_what_cannot_be_read_is_kept_aside_and_what_follows_it_is_stored(node: Node, tmp_path: Path) -> None:
     good = write(make_dataset(), tmp_path / "good.dcm")
     head = good.read_bytes()[: -len(data_set_of(good))]
-    for number, garbage in enumerate((b"\xff" * 5000, b"not DICOM at all", bytes(64))):
-        bad = tmp_path / f"bad{number}.dcm"
-        bad.write_bytes(head + garbage)
+    contents = (b"\xff" * 5000, b"not DICOM at all", bytes(64), data_set_of(good)[:90])
+    with associated(node, [good]) as association:
+        for number, garbage in enumerate(contents):
+            bad = tmp_path / f"bad{number}.dcm"
+            bad.write_bytes(head.replace(b"2.25.100.1", b"2.25.100.9") + garbage)
+            assert association.send_c_store(bad).Status == 0x0000
+        assert association.send_c_store(good).Status == 0x0000
 
-        with associated(node, [good]) as association:
-            answer = association.send_c_store(bad)
-            assert association.send_c_store(good).Status == 0x0000
+    aside = node.quarantine()
 
-        assert answer.Status == 0xC000
-        assert answer.ErrorComment
-    assert len(node.files()) == 1
+    assert [data_set_of(node.archive.root / each["path"]) for each in aside] == list(contents)
+    assert all(each["reason"] for each in aside)
+    assert node.data_set("2.25.100.1") == data_set_of(good)
+    assert len(node.files()) == 5
 
 
-def test_an_instance_without_a_series_is_not_understood(node: Node, tmp_path: Path) -> None:
+def test_an_instance_without_a_series_is_kept_aside(node: Node, tmp_path: Path) -> None:
     dataset = make_dataset()
     del dataset.SeriesInstanceUID
 
-    assert send(node, write(dataset, tmp_path / "a.dcm")) == [0xC000]
+    assert send(node, write(dataset, tmp_path / "a.dcm")) == [0x0000]
 
-    assert node.files() == []
+    assert "Series Instance UID of 0 characters" in node.quarantine()[0]["reason"]
 
 
-def test_trouble_in_the_database_is_answered_0xa700_and_the_instance_is_taken_once_it_is_over(
+def test_an_entry_that_ends_the_indexer_again_and_again_is_kept_aside_and_the_others_are_indexed(
     node: Node, tmp_path: Path
 ) -> None:
+    paths = [write(make_dataset(number), tmp_path / f"{number}.dcm") for number in range(3)]
+    send(node, *paths)
+    node.intake.flush()
+
+    def deadly(dataset: Dataset) -> InstanceHeader:
+        if dataset.InstanceNumber == 1:
+            raise KeyboardInterrupt  # as a process ends: nothing of ours gets to see it
+        return instance_header(dataset)
+
+    dying = Indexer(node.index, node.archive, deadly)
+    for _ in range(10):
+        with suppress(KeyboardInterrupt):
+            dying.run_once()
+
+    assert [each["reason"] for each in node.quarantine()] == ["reading it ended the indexer 2 times"]
+    assert all(node.index.find_instance(f"2.25.100.{number}") for number in (0, 2))
+
+
+def test_what_was_sealed_by_a_process_that_died_is_indexed_at_the_next_start(node: Node, tmp_path: Path) -> None:
     path = write(make_dataset(), tmp_path / "a.dcm")
     with node.index.engine.begin() as connection:
-        connection.execute(sa.text("ALTER TABLE instance RENAME TO lost"))
+        connection.execute(sa.text("ALTER TABLE journal RENAME TO lost"))
 
-    assert send(node, path) == [0xA700]
+    assert send(node, path) == [0x0000]  # the database is in trouble; the file and its record are safe
+
+    shutil.copytree(node.archive.root, tmp_path / "after", ignore=shutil.ignore_patterns("node.db*"))
+    after = Node(tmp_path / "after")
+    assert after.data_set("2.25.100.1") == data_set_of(path)
+    (association,) = after.index.status()["associations"]
+    assert (association["calling_ae_title"], association["outcome"]) == ("SENDER", "node died")
+    after.stop()
+
+
+def test_trouble_in_the_database_loses_nothing_and_the_index_catches_up(node: Node, tmp_path: Path) -> None:
+    path = write(make_dataset(), tmp_path / "a.dcm")
+    with node.index.engine.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE journal RENAME TO lost"))
+
+    assert send(node, path) == [0x0000]
 
     with node.index.engine.begin() as connection:
-        connection.execute(sa.text("ALTER TABLE lost RENAME TO instance"))
-    assert send(node, path) == [0x0000]
+        connection.execute(sa.text("ALTER TABLE lost RENAME TO journal"))
     assert node.data_set("2.25.100.1") == data_set_of(path)
     assert len(node.files()) == 1
+
+
+def test_a_series_waits_for_what_is_received_and_not_yet_indexed(node: Node, tmp_path: Path) -> None:
+    send(node, write(make_dataset(1), tmp_path / "1.dcm"))
+    node.index_all()
+    assert [each.oldest_unindexed_at for each in node.index.activities()] == [None]
+
+    send(node, write(make_dataset(2), tmp_path / "2.dcm"))
+    node.intake.flush()
+
+    (activity,) = node.index.activities()
+    assert activity.oldest_unindexed_at is not None
+    assert not completion.is_complete(activity, now=activity.last_received_at + timedelta(hours=1), quiet_s=30)
 
 
 def test_a_disk_that_takes_no_more_is_answered_0xa700_and_the_association_goes_on(node: Node, tmp_path: Path) -> None:
@@ -338,6 +440,7 @@ def test_a_disk_that_takes_no_more_is_answered_0xa700_and_the_association_goes_o
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
+    node.index_all()
     assert len(node.files()) == 1
     assert send(node, large) == [0x0000]
     assert node.data_set("2.25.100.1") == data_set_of(large)
@@ -358,8 +461,12 @@ def test_a_bug_is_answered_0x0110_and_logged_with_its_place(
 ) -> None:
     dataset = make_dataset()
 
-    def clock() -> Any:
-        raise ZeroDivisionError(dataset.PatientName)
+    calls = itertools.count()
+
+    def clock() -> datetime:
+        if next(calls) == 1:
+            raise ZeroDivisionError(dataset.PatientName)
+        return datetime.now(UTC)
 
     node = start(clock=clock)
 
@@ -379,7 +486,8 @@ def test_patients_do_not_appear_in_the_log(node: Node, tmp_path: Path, caplog: p
     del broken.SeriesInstanceUID
 
     send(node, good, conflicting, mismatched, write(broken, tmp_path / "broken.dcm"))
-    wait_until(lambda: "1 instances stored, 3 not stored" in caplog.text)
+    wait_until(lambda: "4 instances stored, 0 not stored" in caplog.text)
+    assert len(node.quarantine()) == 3
 
     assert "Phantom" not in caplog.text
     assert "P1" not in caplog.text
@@ -393,6 +501,7 @@ def test_a_series_is_receiving_until_the_association_that_sent_it_ends(node: Nod
 
     with associated(node, [path]) as association:
         association.send_c_store(path)
+        node.index_all()
         assert [each.receiving for each in node.index.activities()] == [True]
     wait_until(lambda: node.open_associations() == 0)
 
@@ -413,7 +522,8 @@ def test_an_association_that_breaks_off_in_mid_instance_is_closed_and_leaves_no_
         association.abort()
     wait_until(lambda: node.open_associations() == 0)
 
-    assert [path.suffix for path in node.files()] == [".dcm"]
+    assert len(node.files()) == 1
+    assert node.data_set("2.25.100.1")
     assert node.index.find_instance("2.25.100.2") is None
 
 
@@ -427,7 +537,8 @@ def test_instances_that_came_before_the_break_but_were_not_answered_leave_no_fil
                 association.dul.send_pdu(pdu)
         wait_until(lambda: len(node.files()) >= 2)
         association.abort()
-    wait_until(lambda: not node.listener._ae.active_associations)
+    wait_until(lambda: node.listener.counts()["connections"] == 0)
+    node.index_all()
 
     assert {path.suffix for path in node.files()} <= {".dcm"}
     assert all(node.index.find_instance(pydicom.dcmread(path).SOPInstanceUID) for path in node.files())
@@ -451,6 +562,7 @@ def test_an_end_that_the_database_does_not_take_is_recorded_once_it_does(node: N
 
     with associated(node, [path]) as association:
         association.send_c_store(path)
+        node.intake.flush()
         with node.index.engine.begin() as connection:
             connection.execute(
                 sa.text("CREATE TRIGGER no BEFORE UPDATE ON association BEGIN SELECT RAISE(FAIL, 'no'); END")
@@ -480,43 +592,90 @@ def test_odd_bytes_in_an_ae_title_do_not_refuse_the_sender(node: Node) -> None:
         assert peer.recv(1) == b"\x02"  # A-ASSOCIATE-AC, PS3.8 9.3.3
 
 
-def test_known_peers_are_served_and_others_are_rejected_for_good(start: Callable[..., Node], tmp_path: Path) -> None:
-    node = start(known_peers=[("ANYWHERE", None), ("HERE", "localhost"), ("THERE", "192.0.2.1")])
-    path = write(make_dataset(), tmp_path / "a.dcm")
-
-    for calling, is_known in {"ANYWHERE": True, "HERE": True, "THERE": False, "NOBODY": False}.items():
-        with associated(node, [path], calling=calling) as association:
-            assert association.is_established is is_known
-            assert association.is_rejected is not is_known
-            if not is_known:
-                answer = association.acceptor.primitive
-                assert (answer.result, answer.result_source, answer.diagnostic) == (1, 1, 3)
+PEERS = (
+    Peer("ANYWHERE"),
+    Peer("HERE", ("localhost",)),
+    Peer("NET", ("127.0.0.0/8",)),
+    Peer("THERE", ("192.0.2.1",)),
+    Peer("ONE", max_associations=1),
+)
 
 
-def test_more_associations_than_allowed_are_rejected_for_now(start: Callable[..., Node], tmp_path: Path) -> None:
-    node = start(max_associations=1)
-    path = write(make_dataset(), tmp_path / "a.dcm")
+@pytest.mark.parametrize(
+    ("calling", "called", "answer"),
+    [
+        ("ANYWHERE", "NODE", None),
+        ("HERE", "NODE", None),
+        ("NET", "NODE", None),
+        ("THERE", "NODE", (1, 1, 3)),
+        ("NOBODY", "NODE", (1, 1, 3)),
+        ("NET", "ANY-SCP", (1, 1, 7)),
+    ],
+)
+def test_known_peers_that_call_us_by_name_are_served_and_others_are_rejected_for_good(
+    start: Callable[..., Node], calling: str, called: str, answer: tuple[int, int, int] | None
+) -> None:
+    node = start(access=Access(PEERS, called_ae_title="NODE"))
 
-    with associated(node, [path]) as first, associated(node, [path]) as second:
-        assert first.is_established
-        assert second.is_rejected
-        answer = second.acceptor.primitive
-        assert (answer.result, answer.result_source, answer.diagnostic) == (2, 3, 2)
-    wait_until(lambda: not node.listener._ae.active_associations)
+    with asking(node, calling=calling, called=called) as (_, rejected):
+        assert rejected == answer
 
-    assert send(node, path) == [0x0000]
+
+@pytest.mark.parametrize("access", [Access(max_associations=1), Access(PEERS)], ids=["all", "one peer's"])
+def test_more_associations_than_allowed_are_rejected_for_now(start: Callable[..., Node], access: Access) -> None:
+    node = start(access=access)
+
+    with asking(node, calling="ONE") as (_, first), asking(node, calling="ONE") as (_, second):
+        assert first is None
+        assert second == (2, 3, 2)
+    wait_until(lambda: node.listener.counts()["open"] == 0)
+
+    with asking(node, calling="ONE") as (_, third):
+        assert third is None
+
+
+def test_an_almost_full_disk_refuses_instances_then_associations_and_recovers_by_itself(
+    start: Callable[..., Node], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start(limits=IntakeLimits(refuse_below_bytes=2000, reject_below_bytes=1000))
+    paths = [write(make_dataset(number), tmp_path / f"{number}.dcm") for number in range(2)]
+    free = 5000
+    monkeypatch.setattr(os, "statvfs", lambda _path: SimpleNamespace(f_bavail=free, f_frsize=1))
+
+    with associated(node, paths) as association:
+        assert association.send_c_store(paths[0]).Status == 0x0000
+        free = 1500
+        time.sleep(0.3)
+        assert association.send_c_store(paths[1]).Status == 0xA700
+        free = 500
+        time.sleep(0.3)
+        with asking(node) as (_, rejected):
+            assert rejected == (2, 3, 1)
+        free = 5000
+        time.sleep(0.3)
+        assert association.send_c_store(paths[1]).Status == 0x0000
+    assert send(node, paths[0]) == [0x0000]
+
+
+def test_an_instance_larger_than_allowed_is_answered_0xa700(start: Callable[..., Node], tmp_path: Path) -> None:
+    node = start(limits=IntakeLimits(max_instance_bytes=10_000))
+    large = write(make_dataset(1, pixel_bytes=300_000), tmp_path / "large.dcm")
+    small = write(make_dataset(2), tmp_path / "small.dcm")
+
+    assert send(node, large, small) == [0xA700, 0x0000]
+    assert len(node.files()) == 1
 
 
 def test_connections_that_never_ask_for_an_association_do_not_use_up_the_limit(
     start: Callable[..., Node], tmp_path: Path
 ) -> None:
-    node = start(max_associations=2)
+    node = start(access=Access(max_associations=2))
     path = write(make_dataset(), tmp_path / "a.dcm")
 
     for sent in (b"", b"GET / HTTP/1.1\r\n\r\n", associate_request(b"HALF")[:50]) * 3:
         with socket.create_connection(("127.0.0.1", node.port)) as probe:
             probe.sendall(sent)
-    wait_until(lambda: not node.listener._ae.active_associations)
+    wait_until(lambda: node.listener.counts()["open"] == 0)
 
     assert send(node, path) == [0x0000]
 
@@ -543,6 +702,7 @@ def test_a_stop_lets_a_running_association_finish_and_takes_no_new_one(
         wait_until(lambda: not accepts_connections(node.port))
         assert association.send_c_store(paths[1]).Status == 0x0000
     stopping.join(5)
+    node.index_all()
 
     assert not stopping.is_alive()
     assert node.open_associations() == 0
@@ -557,12 +717,13 @@ def test_a_stop_aborts_an_association_that_does_not_end(start: Callable[..., Nod
         association.send_c_store(path)
         node.listener.stop(grace_s=0.1)
         wait_until(lambda: association.is_aborted)
+    node.intake.flush()
 
     assert node.open_associations() == 0
 
 
 def test_a_port_in_use_is_a_local_error(node: Node) -> None:
-    other = Listener("NODE", "127.0.0.1", node.port, node.archive, node.index, instance_header)
+    other = Listener("127.0.0.1", node.port, node.intake, access=Access())
 
     with pytest.raises(LocalError, match="cannot listen on 127"):
         other.start()
@@ -584,6 +745,7 @@ def test_dcmtk_sends_a_series_that_is_read_back_equal(node: Node, tmp_path: Path
 
     subprocess.run([*command, "127.0.0.1", str(node.port), *paths], check=True, timeout=20, capture_output=True)
 
+    node.index_all()
     for dataset in datasets:
         instance = node.index.find_instance(dataset.SOPInstanceUID)
         assert instance is not None
@@ -605,25 +767,28 @@ def test_four_senders_at_once_lose_nothing(node: Node, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
-def test_success_is_sent_after_file_folder_and_database_are_synced(tmp_path: Path) -> None:
+def test_success_is_sent_after_name_and_content_are_synced(tmp_path: Path) -> None:
     path = write(make_dataset(), tmp_path / "a.dcm")
     program = """
 import sys
 from pathlib import Path
 from dicomnode.archive import Archive
 from dicomnode.index import Index
+from dicomnode.intake import Intake
 from dicomnode.listener import Listener
-from dicomnode.model import InstanceHeader
+from dicomnode.negotiation import Access
 folder = Path(sys.argv[1])
-index = Index(f"sqlite:///{folder}/node.db")
 archive = Archive(folder)
+index = Index(f"sqlite:///{folder}/node.db")
 index.migrate()
-header = InstanceHeader("P", "", "", "", "1.1", "1.2", "CT", False)
-listener = Listener("NODE", "127.0.0.1", 0, archive, index, lambda dataset: header)
+intake = Intake(archive, index)
+intake.start()
+listener = Listener("127.0.0.1", 0, intake, access=Access())
 listener.start()
 print(listener.port, flush=True)
 sys.stdin.read()
 listener.stop()
+intake.stop()
 """
     trace = tmp_path / "trace"
     strace = ["strace", "-f", "--seccomp-bpf", "-yy", "-o", trace, "-e", "trace=fsync,fdatasync,rename,sendto"]
@@ -646,13 +811,10 @@ listener.stop()
     assert status == 0x0000, errors
 
     calls = [line.split(maxsplit=1)[1] for line in trace.read_text().splitlines()]
-    renamed = next(i for i, call in enumerate(calls) if call.startswith("rename(") and ".part" in call)
-    before, after = calls[:renamed], calls[renamed + 1 :]
-    answered = next(i for i, call in enumerate(after) if call.startswith("sendto(") and r'"\4\0' in call)
-    synced = [call for call in after[:answered] if "sync(" in call]
-    assert any("fsync(" in call and ".part" in call for call in before)
-    assert "/instances/" in synced[0]
-    assert "node.db-wal" in synced[-1]
+    named = next(i for i, call in enumerate(calls) if "fsync(" in call and re.search(r"/incoming/[^/]+>", call))
+    answered = next(i for i, call in enumerate(calls) if call.startswith("sendto(") and r'"\4\0' in call)
+    synced = [i for i, call in enumerate(calls[:answered]) if "fsync(" in call and ".part" in call]
+    assert named < synced[0]
 
 
 # ── helpers for peers that misbehave ──
@@ -690,6 +852,19 @@ def associate_request(calling_ae_title: bytes) -> bytes:
     pdu.from_primitive(primitive)
     encoded = pdu.encode()
     return encoded[:26] + calling_ae_title.ljust(16) + encoded[42:]
+
+
+@contextmanager
+def asking(
+    node: Node, *, calling: str = "SENDER", called: str = "NODE"
+) -> Iterator[tuple[socket.socket, tuple[int, int, int] | None]]:
+    """Ask for an association by hand; the connection and, where it is rejected, result, source and reason."""
+    with socket.create_connection(("127.0.0.1", node.port)) as peer:
+        peer.settimeout(5)
+        request = associate_request(calling.encode())
+        peer.sendall(request[:10] + called.encode().ljust(16) + request[26:])
+        answer = peer.recv(4096)
+        yield peer, None if answer[0] == 2 else (answer[7], answer[8], answer[9])
 
 
 def accepts_connections(port: int) -> bool:

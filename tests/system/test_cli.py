@@ -79,9 +79,10 @@ def test_without_a_configuration_the_node_serves_from_its_defaults(tmp_path: Pat
     node = RunningNode(tmp_path)
     node.start()
 
-    assert json.loads(node.command("status", "--json").stdout) == {
-        "studies": [], "series": [], "jobs": [], "deliveries": [],
-    }  # fmt: skip
+    status = json.loads(node.command("status", "--json").stdout)
+    assert status.pop("journal") == [{"not_yet_indexed": 0, "oldest": None}]
+    assert {"studies", "series", "jobs", "deliveries", "quarantine", "associations", "commitments"} <= status.keys()
+    assert not any(status.values())
     assert node.stop() == 0
     assert "worker stopped" in node.logged()
 

@@ -17,16 +17,21 @@ from receiving_scp import ReceivingSCP
 from running_node import RunningNode, wait_for
 
 RECEIVING = [
-    "dicomnode.archive:Archive.keep:before",
-    "dicomnode.archive:Archive.keep:after",
-    "dicomnode.index.receiving:Receiving.add_instance:before",
-    "dicomnode.index.receiving:Receiving.add_instance:after",
+    "dicomnode.archive:Archive.seal:before",
+    "dicomnode.archive:Archive.seal:after",
+    "dicomnode.index.journal:Journal.enrol:before",
+    "dicomnode.index.journal:Journal.enrol:after",
+    "dicomnode.index.journal:Journal.take_unindexed:after",
+    "dicomnode.archive:Archive.settle:before",
+    "dicomnode.archive:Archive.settle:after",
+    "dicomnode.index.journal:Journal.index_entries:before",
+    "dicomnode.index.journal:Journal.index_entries:after",
     "dicomnode.index.receiving:Receiving.complete_series:before",
     "dicomnode.index.receiving:Receiving.complete_series:after",
     "dicomnode.index.pairs:Pairs.add_pairs:before",
     "dicomnode.index.pairs:Pairs.add_pairs:after",
 ]
-"""Before the job: in this process alone."""
+"""Before the job: in the supervising process and in the indexer."""
 
 # A job is given up after three crashes, so no study bears more than two.
 WORKING = [

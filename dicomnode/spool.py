@@ -1,0 +1,213 @@
+"""Received instances before they are indexed: one fsync makes file, name and journal record durable together.
+
+Law: a spool file's 128-byte preamble, which PS3.10 7.1 leaves to the application, carries the journal record: the
+association it came by, when, its data set's length and digest, sealed with a checksum. It is written last, so a file
+without a valid record was never acknowledged. Names are made durable beforehand, many with one fsync of the folder.
+Each process has a folder of its own and holds a lock on it; what a dead process left is found by its free lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import ipaddress
+import os
+import secrets
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from dicomnode.errors import LocalError
+
+PREAMBLE_BYTES = 128
+NAMES_AT_ONCE = 64
+YOUNG_S = 10.0
+
+_MAGIC = b"DCMNODE1"
+_RECORD = struct.Struct("<8s16sqq32s16s16s16s")  # without its checksum
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class Source:
+    """By which door and from whom instances come: one association, one HTTP request, one import.
+
+    Attributes
+    ----------
+    key
+        16 random bytes, unique for ever.
+    """
+
+    key: bytes
+    calling_ae_title: str
+    called_ae_title: str
+    address: str
+
+    @staticmethod
+    def new(calling_ae_title: str, called_ae_title: str, address: str) -> Source:
+        """A source that has just come up."""
+        return Source(secrets.token_bytes(16), calling_ae_title, called_ae_title, address)
+
+
+@dataclass(frozen=True)
+class JournalRecord:
+    """What is known of an instance once its last byte is there."""
+
+    source: Source
+    received_at: datetime
+    data_set_bytes: int
+    sha256: str
+
+    def encode(self) -> bytes:
+        """128 bytes for a preamble."""
+        source = self.source
+        body = _RECORD.pack(
+            _MAGIC,
+            source.key,
+            (self.received_at - _EPOCH) // timedelta(microseconds=1),
+            self.data_set_bytes,
+            bytes.fromhex(self.sha256),
+            source.calling_ae_title.encode()[:16],
+            source.called_ae_title.encode()[:16],
+            _packed(source.address),
+        )
+        return (body + struct.pack("<L", zlib.crc32(body))).ljust(PREAMBLE_BYTES, b"\0")
+
+    @staticmethod
+    def decode(preamble: bytes) -> JournalRecord | None:
+        """The record, or None: nothing was sealed here."""
+        body, checksum = preamble[: _RECORD.size], preamble[_RECORD.size : _RECORD.size + 4]
+        if len(checksum) < 4 or struct.unpack("<L", checksum)[0] != zlib.crc32(body):
+            return None
+        magic, key, received, size, digest, calling, called, address = _RECORD.unpack(body)
+        if magic != _MAGIC:
+            return None
+        texts = [part.rstrip(b"\0").decode(errors="replace") for part in (calling, called)]
+        ip = ipaddress.IPv6Address(address)
+        source = Source(key, texts[0], texts[1], str(ip.ipv4_mapped or ip))
+        return JournalRecord(source, _EPOCH + timedelta(microseconds=received), size, digest.hex())
+
+
+class Spool:
+    """This process's folder of files being received.
+
+    Parameters
+    ----------
+    folder
+        The archive's `incoming`; the spool makes one of its own in it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._own: Path | None = None
+        self._lock_file = -1
+        self._names: list[Path] = []
+        self._number = 0
+        self._lock = threading.Lock()
+
+    def take(self) -> Path:
+        """An empty file whose name is durable; LocalError if the disk has no room for it."""
+        with self._lock, _local_errors():
+            if not self._names or not self._names[-1].exists():  # somebody may have taken the folder away
+                self._make_names()
+            return self._names.pop()
+
+    def close(self) -> None:
+        """Take away the names that were not needed."""
+        with self._lock, suppress(OSError):
+            for path in self._names:
+                path.unlink(missing_ok=True)
+            self._names.clear()
+            if self._own is not None:
+                os.close(self._lock_file)
+                (self._own / "lock").unlink()
+                self._own.rmdir()  # fails, and is left for the next start, while something waits to be indexed
+            self._own = None
+
+    def _make_names(self) -> None:
+        if self._own is None or not self._own.exists():
+            own = self._folder / f"{os.getpid()}-{secrets.token_hex(4)}"
+            own.mkdir()
+            self._lock_file = os.open(own / "lock", os.O_CREAT | os.O_RDWR)
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX)
+            fsync_folder(self._folder)
+            self._own = own
+        made = []
+        try:
+            for _ in range(NAMES_AT_ONCE):
+                self._number += 1
+                path = self._own / f"{self._number}.part"
+                path.open("xb").close()
+                made.append(path)
+            fsync_folder(self._own)
+        except OSError:
+            for path in made:
+                path.unlink(missing_ok=True)
+            raise
+        self._names = made
+
+
+def left_behind(folder: Path) -> Iterator[Path]:
+    """Files with a journal record in the folders of dead processes; files without one are removed on the way.
+
+    Parameters
+    ----------
+    folder
+        The archive's `incoming`.
+    """
+    with _local_errors():
+        for own in sorted(folder.iterdir()):
+            if own.is_dir():
+                yield from _sealed_of_the_dead(own)
+
+
+def _sealed_of_the_dead(own: Path) -> Iterator[Path]:
+    lock = own / "lock"
+    if not lock.exists() and time.time() - own.stat().st_mtime < YOUNG_S:
+        return  # its process is just making it
+    if lock.exists():
+        with lock.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return  # its process is alive
+    for path in sorted(own.glob("*.part")):
+        with path.open("rb") as file:
+            sealed = JournalRecord.decode(file.read(PREAMBLE_BYTES)) is not None
+        if sealed:
+            yield path
+        else:
+            path.unlink()
+    if not any(own.glob("*.part")):
+        lock.unlink(missing_ok=True)
+        own.rmdir()
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a folder's entries durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _packed(address: str) -> bytes:
+    try:
+        parsed = ipaddress.ip_address(address.split("%")[0])
+    except ValueError:
+        return bytes(16)
+    return (parsed if parsed.version == 6 else ipaddress.IPv6Address(f"::ffff:{parsed}")).packed
+
+
+@contextmanager
+def _local_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LocalError(f"archive: {error}") from error
