@@ -31,6 +31,7 @@ $(VENV)/.tested: $(VENV)/.installed
 bench-registration: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.registration install
 	$(BIN)/python -m benchmarks.registration run
+	$(BIN)/python -m benchmarks.registration series
 
 bench-receive: $(VENV)/.tested
 	$(BIN)/python benchmarks/receive.py

@@ -1,6 +1,7 @@
-"""Our registration beside the ones people use today: `python -m benchmarks.registration [run | table | install] …`.
+"""Our registration beside the ones people use today: `python -m benchmarks.registration [COMMAND] …`.
 
 run      every cell that has no result yet, one after the other; stop it at any time and start it again
+series   the 30-phase DCE through register_4d, and one pair at growing sizes: what it costs
 table    RESULTS.md from the results there are
 install  one environment per peer under build/peers
 
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.registration.cases import DATA, Case, Pair, cases
+from benchmarks.registration.series import SIZES
 from benchmarks.registration.table import write_table
 from registration_engine import DisplacementField, Volume, warp
 from registration_engine import evaluation as ev
@@ -37,6 +39,9 @@ RESULTS = HERE.parent / "results"
 WORK = ROOT / "build" / "bench"
 PEERS = ROOT / "build" / "peers"
 LIMIT_S = 30 * 60
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
+# ANTs samples at random: without a seed its affine start fails on one run in four of abdomen-ct-mr.
+ENVIRONMENT = dict.fromkeys(THREADS, "1") | {"ANTS_RANDOM_SEED": "1"}
 PACKAGES = {
     "demons": ("sitk", ["SimpleITK", "numpy"]),
     "ants-mi": ("ants", ["antspyx==0.6.3", "SimpleITK"]),
@@ -54,7 +59,7 @@ LAST = ("ants-cc",)  # mostly over the limit
 def main() -> int:
     """Run one command."""
     parser = argparse.ArgumentParser(prog="benchmarks.registration", description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("run", "table", "install"), nargs="?", default="run")
+    parser.add_argument("command", choices=("run", "series", "table", "install"), nargs="?", default="run")
     parser.add_argument("--methods", nargs="*", help="default: every peer, then ours")
     parser.add_argument("--rows", nargs="*", help="names or beginnings of names; default: all")
     options = parser.parse_args()
@@ -71,6 +76,8 @@ def main() -> int:
             run(rows, FIRST)
             run(rows, OURS)
             run(rows, LAST)
+    if options.command == "series":
+        series(options.methods or ("fast", "balanced"))
     write_table(HERE.parent / "RESULTS.md", RESULTS, cases())
     return 0
 
@@ -97,11 +104,32 @@ def run(rows: list[Case], methods: tuple[str, ...] | list[str]) -> None:
             write_volume(folder / f"{name}.nii", volume)
         for method in missing:
             cell = {"row": case.name, "method": method, **measured(case, pair, method, folder)}
-            cell |= {"machine": machine(), "versions": versions(method)}
-            with (RESULTS / f"{method}.jsonl").open("a") as lines:
-                lines.write(json.dumps(cell) + "\n")
-            print({key: value for key, value in cell.items() if key not in ("machine", "versions")}, flush=True)
+            keep(cell | {"machine": machine(), "versions": versions(method)})
         shutil.rmtree(folder)
+
+
+def series(presets: tuple[str, ...] | list[str]) -> None:
+    """Sizes first, then the whole series; each cell in a process of its own, kept under the name of its command."""
+    wanted = [["pair", preset, *map(str, size)] for size in SIZES for preset in presets]
+    for arguments in [*wanted, *(["dce", preset] for preset in presets)]:
+        row = " ".join(arguments)
+        if row in done("series"):
+            continue
+        load = os.getloadavg()[0]
+        process = subprocess.run(
+            [sys.executable, "-m", "benchmarks.registration.series", *arguments],
+            stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT, env=os.environ | ENVIRONMENT,
+        )  # fmt: skip
+        cell = {"row": row, "method": "series", **json.loads(process.stdout)}
+        cell |= {"load": [round(load, 1), round(os.getloadavg()[0], 1)]}
+        keep(cell | {"machine": machine(), "versions": versions(arguments[1])})
+
+
+def keep(cell: dict[str, Any]) -> None:
+    """Add one line to the results."""
+    with (RESULTS / f"{cell['method']}.jsonl").open("a") as lines:
+        lines.write(json.dumps(cell) + "\n")
+    print({key: value for key, value in cell.items() if key not in ("machine", "versions")}, flush=True)
 
 
 def done(method: str) -> dict[str, dict[str, Any]]:
@@ -121,14 +149,13 @@ def measured(case: Case, pair: Pair, method: str, folder: Path) -> dict[str, Any
     python = PEERS / PACKAGES[method][0] / "bin" / "python" if method in PACKAGES else Path(sys.executable)
     if not python.exists():
         return {"failed": f"no environment at {python.relative_to(ROOT)}; run `install` first"}
-    threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
     load, wall = os.getloadavg()[0], time.monotonic()
     with (out / "log").open("w") as log:
         process = subprocess.Popen(
             [python, HERE / "methods.py", method, folder / "fixed.nii", folder / "moving.nii", case.contrast, out],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | dict.fromkeys(threads, "1") | {"PYTHONPATH": str(ROOT) if method in OURS else ""},
+            env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT) if method in OURS else ""},
             # Processor time: others compute on this machine, and waiting for them is not the method's fault.
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_S, LIMIT_S + 5)),
         )
@@ -171,7 +198,9 @@ def judged(pair: Pair, field: DisplacementField) -> dict[str, Any]:
         spacing = pair.fixed.grid.spacing_mm
         scores = ev.label_overlaps(pair.fixed_labels.voxels, carried.voxels, spacing, pair.labels)
         distances = [s.hd95_mm for s in scores if np.isfinite(s.hd95_mm)]
-        found |= {"dice": float(np.mean([s.dice for s in scores])), "hd95_mm": float(np.mean(distances))}
+        found["dice"] = float(np.mean([s.dice for s in scores]))
+        if distances:
+            found["hd95_mm"] = float(np.mean(distances))
     return {key: round(value, 5) for key, value in found.items()}
 
 
@@ -186,6 +215,8 @@ def machine() -> str:
 
 def versions(method: str) -> str:
     """What ran."""
+    if method == "before":
+        return "nothing"
     if method in PACKAGES:
         return ", ".join(PACKAGES[method][1])
     commit = subprocess.run(

@@ -14,34 +14,38 @@ from benchmarks.registration.motions import Motion, Points
 from registration_engine import Grid, Volume
 
 PHASES, REFERENCE = 30, 15
+SHAPE = (32, 256, 256)
+_EXTENT_MM = (160.0, 450.0, 450.0)  # along (z, y, x)
 _SECONDS = 6.0  # between phases
-# name, center (x, y, z), radii, brightness before contrast, uptake (height, arrival s, rise s, fall s)
+# name, center (x, y, z), radii, brightness before contrast, uptake (height, arrival s, rise s, fall s);
+# later ones lie over earlier ones
 _ORGANS = (
     ("body", (0, 0, 0), (190, 125, 400), 60, (8, 30, 60, 2000)),
-    ("lung right", (75, -10, 130), (80, 85, 95), -48, (0, 0, 1, 1)),
-    ("lung left", (-75, -10, 130), (75, 85, 95), -48, (0, 0, 1, 1)),
-    ("liver", (70, -20, 10), (95, 78, 72), 45, (95, 38, 30, 400)),
-    ("liver left", (-5, -55, 22), (60, 42, 40), 45, (95, 38, 30, 400)),
-    ("spleen", (-105, 35, 15), (38, 45, 48), 30, (120, 26, 8, 250)),
-    ("kidney right", (60, 62, -62), (30, 26, 48), 38, (150, 24, 7, 300)),
-    ("kidney left", (-65, 62, -52), (30, 26, 48), 38, (150, 24, 7, 300)),
-    ("stomach", (-70, -48, 15), (42, 40, 45), -20, (5, 40, 60, 900)),
-    ("aorta", (-8, 42, 0), (11, 11, 400), 25, (260, 14, 3, 40)),
-    ("vena cava", (22, 32, 0), (13, 11, 400), 20, (160, 30, 8, 120)),
-    ("spine", (0, 78, 0), (22, 24, 400), 20, (25, 25, 40, 600)),
-    ("gallbladder", (62, -62, -48), (16, 18, 26), 60, (0, 0, 1, 1)),
-    ("lesion", (88, 12, -8), (13, 13, 13), -18, (140, 22, 6, 70)),
-    ("lesion small", (38, -48, 30), (9, 9, 9), -18, (60, 60, 60, 900)),
-    ("portal vein", (30, -5, 2), (34, 9, 10), 12, (140, 32, 10, 160)),
+    ("lung right", (-75, -10, 130), (80, 85, 95), 12, (0, 0, 1, 1)),
+    ("lung left", (75, -10, 130), (75, 85, 95), 12, (0, 0, 1, 1)),
+    ("spine", (0, 78, 0), (22, 24, 400), 80, (25, 25, 40, 600)),
+    ("liver left", (5, -55, 22), (60, 42, 40), 105, (95, 38, 30, 400)),
+    ("liver", (-70, -20, 10), (95, 78, 72), 105, (95, 38, 30, 400)),
+    ("spleen", (105, 35, 15), (38, 45, 48), 90, (120, 26, 8, 250)),
+    ("stomach", (78, -48, 15), (42, 40, 45), 40, (5, 40, 60, 900)),
+    ("kidney right", (-60, 62, -62), (30, 26, 48), 98, (150, 24, 7, 300)),
+    ("kidney left", (65, 62, -52), (30, 26, 48), 98, (150, 24, 7, 300)),
+    ("gallbladder", (-62, -62, -48), (16, 18, 26), 120, (0, 0, 1, 1)),
+    ("portal vein", (-30, -5, 2), (34, 9, 10), 115, (140, 32, 10, 160)),
+    ("lesion", (-88, 12, -8), (13, 13, 13), 85, (140, 22, 6, 70)),
+    ("lesion small", (-38, -48, 30), (9, 9, 9), 85, (60, 60, 60, 900)),
+    ("aorta", (8, 42, 0), (11, 11, 400), 85, (260, 14, 3, 40)),
+    ("vena cava", (-22, 32, 0), (13, 11, 400), 80, (160, 30, 8, 120)),
 )
 
 
-def grid() -> Grid:
-    """450 mm field of view, 32 slices of 5 mm."""
+def grid(shape: tuple[int, int, int] = SHAPE) -> Grid:
+    """450 mm field of view, 160 mm of slices; as in the paper 32 of 5 mm."""
+    spacing = np.array(_EXTENT_MM) / shape
     affine = np.eye(4)
-    affine[:3, :3] = np.diag([450 / 256, 450 / 256, 5.0])[:, ::-1]
-    affine[:3, 3] = [-450 / 256 * 127.5, -450 / 256 * 127.5, -77.5]
-    return Grid((32, 256, 256), affine)
+    affine[:3, :3] = np.diag(spacing)[::-1]
+    affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    return Grid(shape, affine)
 
 
 def motion(phase: int) -> Motion:
@@ -52,7 +56,7 @@ def motion(phase: int) -> Motion:
     def displacement(points: Points) -> Points:
         x, y, z = np.moveaxis(points, -1, 0)
         inside = np.exp(-(((x / 165) ** 2 + ((y + 10) / 105) ** 2) ** 2)) * np.exp(-(((z - 20) / 140) ** 2))
-        lateral = 1 + 0.2 * np.tanh(x / 60)
+        lateral = 1 - 0.2 * np.tanh(x / 60)  # the right side breathes deeper
         return np.stack(
             [0.08 * depth * inside * np.sin(x / 60), -0.25 * depth * inside * np.clip((60 - y) / 180, 0, 1),
              -depth * inside * lateral], -1,
@@ -61,9 +65,9 @@ def motion(phase: int) -> Motion:
     return displacement
 
 
-def volume(phase: int, *, still: bool = False, noise: float = 3.0) -> Volume:
+def volume(phase: int, *, on: Grid | None = None, still: bool = False, noise: float = 3.0) -> Volume:
     """One phase; `still` draws its contrast where the reference has its organs, as a perfect registration would."""
-    on = grid()
+    on = on or grid()
     voxels = np.empty(on.shape, np.float32)
     plane = np.moveaxis(np.indices(on.shape[1:], dtype=float), 0, -1)
     for k in range(on.shape[0]):
@@ -82,6 +86,14 @@ def organ(name: str) -> npt.NDArray[np.bool_]:
     return np.asarray(_radius(points, center, radii) < 0.85)
 
 
+def dome() -> npt.NDArray[np.bool_]:
+    """(Z, Y, X) voxels of the upper sixth of the liver in the reference phase, where breathing tells most."""
+    liver = organ("liver")
+    slices = np.flatnonzero(liver.any((1, 2)))
+    liver[: slices[-1] - max(1, len(slices) // 6)] = False
+    return liver
+
+
 def uptake(name: str, phase: int) -> float:
     """The enhancement of an organ at a phase, without what lies around it."""
     height, arrival, rise, fall = next(curve for n, *_, curve in _ORGANS if n == name)
@@ -95,7 +107,7 @@ def _drawn(points: Points, phase: int) -> npt.NDArray[np.float64]:
     for name, center, radii, brightness, _ in _ORGANS:
         # 2.5 mm of partial volume at the borders
         share = 1 / (1 + np.exp(np.clip((_radius(points, center, radii) - 1) * min(radii) / 1.2, -60, 60)))
-        value += (brightness + uptake(name, phase)) * share
+        value += (brightness + uptake(name, phase) - value) * share
     vessels = np.sin(x / 9 + np.sin(y / 17)) * np.sin(y / 8 - z / 21) * np.sin(z / 10 + x / 27)
     coil = 1 + 0.15 * np.sin(x / 150 + 0.5) * np.cos(y / 170)
     return np.maximum(value * (1 + 0.12 * vessels), 0) * coil

@@ -9,6 +9,7 @@ affine start included.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -85,7 +86,7 @@ def greedy(fixed: str, moving: str, contrast: str, work: Path) -> Finish:
     metric = "NMI" if contrast == "other" else "NCC 2x2x2"
     images = f"-d 3 -threads 1 -i {fixed} {moving} -m {metric} -n 100x50x10"
     run = Greedy3D()
-    run.execute(f"{images} -a -ia-image-centers -o {work}/affine.mat")
+    run.execute(f"{images} -a -ia-identity -o {work}/affine.mat")
     run.execute(f"{images} -it {work}/affine.mat -o {work}/warp.nii.gz")
 
     def finish() -> Any:
@@ -195,20 +196,27 @@ def main(name: str, fixed: str, moving: str, contrast: str, out: str) -> int:
     except CannotRunError as error:
         (work / "measured.json").write_text(json.dumps({"cannot": str(error)}))
         return 0
-    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    with Path("/proc/self/stat").open() as stat:
-        started = float(stat.read().rsplit(")", 1)[1].split()[19]) / 100  # clock ticks since boot
-    measured = {
-        "wall_s": round(time.clock_gettime(time.CLOCK_BOOTTIME) - started, 2),
-        "cpu_s": round(sum(u.ru_utime + u.ru_stime for u in usage), 2),
-        "peak_mb": round(int(status["VmHWM"].split()[0]) / 1000),
-    }
+    wall, cpu = so_far()
+    measured = {"wall_s": round(wall, 2), "cpu_s": round(cpu, 2), "peak_mb": round(peak_mb())}
     import SimpleITK as sitk  # noqa: N813
 
     sitk.WriteImage(sitk.Cast(finish(), sitk.sitkVectorFloat32), str(work / "field.nii"))
     (work / "measured.json").write_text(json.dumps(measured))
     return 0
+
+
+def so_far() -> tuple[float, float]:
+    """Wall and processor seconds since this process started, its children included."""
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    ticks = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]
+    wall = time.clock_gettime(time.CLOCK_BOOTTIME) - float(ticks) / os.sysconf("SC_CLK_TCK")
+    return wall, sum(u.ru_utime + u.ru_stime for u in usage)
+
+
+def peak_mb() -> float:
+    """Largest resident memory of this process; getrusage would tell that of the parent it was forked from."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1000
 
 
 def _darkest(image: Any) -> float:

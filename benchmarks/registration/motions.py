@@ -66,11 +66,11 @@ def breathing(grid: Grid, seed: int) -> Motion:
 
 
 def back(motion: Motion, points: Points) -> Points:
-    """Where points of the moving image lie in the fixed one: inverse of x + motion(x), to a ten-thousandth of a mm."""
+    """Where points of the moving image lie in the fixed one: inverse of x + motion(x), to a thousandth of a mm."""
     fixed = points - motion(points)
     for _ in range(100):
         missed = points - fixed - motion(fixed)
-        if np.abs(missed).max() < 1e-4:
+        if np.abs(missed).max() < 1e-3:
             return fixed
         fixed += missed
     raise ArithmeticError(f"inverse of a motion: {np.abs(missed).max():.4f} mm are missing after 100 steps")
