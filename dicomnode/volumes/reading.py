@@ -105,12 +105,14 @@ def _read(path: Path, *, stop_before_pixels: bool) -> Dataset:
         try:
             _check_inflated_size(path)
             dataset = dcmread(path, stop_before_pixels=stop_before_pixels, force=True)
-            for _ in dataset:  # Decodes every element here, where an undecodable one can be named.
+            for _ in dataset.iterall():  # Decodes every element here, where an undecodable one can be named.
                 pass
-        except OSError as error:
-            raise LocalError(f"{path.name}: cannot be read: {error}") from error
         except UnsupportedImageError:
             raise
+        except OSError as error:
+            if error.errno is not None:  # pydicom raises its own, without, where bytes are missing
+                raise LocalError(f"{path.name}: cannot be read: {error}") from error
+            raise UnsupportedImageError(f"{path.name}: not decodable as DICOM: {error}") from error
         except Exception as error:  # pydicom raises many kinds for broken bytes; all mean the same to us
             raise UnsupportedImageError(f"{path.name}: not decodable as DICOM: {error}") from error
     if "SOPInstanceUID" not in dataset:
