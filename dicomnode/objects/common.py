@@ -22,7 +22,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 from pydicom.valuerep import DSfloat
 
 from dicomnode.errors import StudyError
-from dicomnode.volumes import SOFTWARE_NAME, frame_number, geometry
+from dicomnode.volumes import SOFTWARE_NAME, frame_count, frame_number, geometry
 from registration_engine import Grid
 
 _NAMESPACE = uuid.UUID("5a9f3f2e-6d0b-5f0c-9f5e-3f0e1f6b8c21")  # ours; changing it changes every UID
@@ -113,8 +113,8 @@ class SourceSeries:
         return str(self.first.get("FrameOfReferenceUID") or made)
 
     def references(self) -> list[Dataset]:
-        """Referenced SOP Class and Instance UID of every instance, each once."""
-        return [reference(dataset) for dataset in {str(d.SOPInstanceUID): d for d in self.datasets}.values()]
+        """A reference to every instance once, with its frames where not all are meant."""
+        return references(self.datasets)
 
     def content(self) -> Iterator[tuple[str | int, ...]]:
         """What each slice holds: SOP Instance UID, digest, and of a frame its number."""
@@ -317,7 +317,7 @@ def refer(target: Dataset, referred: Iterable[tuple[Dataset, Sequence[Dataset]]]
     elsewhere: dict[str, list[Dataset]] = {}
     for instance, references in referred:
         item = Dataset()
-        item.ReferencedInstanceSequence = [copy.deepcopy(each) for each in references]
+        item.ReferencedInstanceSequence = [_instance(each) for each in references]
         item.SeriesInstanceUID = instance.SeriesInstanceUID
         study = str(instance.StudyInstanceUID)
         (here if study == target.StudyInstanceUID else elsewhere.setdefault(study, [])).append(item)
@@ -335,6 +335,31 @@ def reference(dataset: Dataset, *, purpose: Dataset | None = None) -> Dataset:
     if purpose is not None:
         item.PurposeOfReferenceCodeSequence = [purpose]
     return item
+
+
+def references(datasets: Sequence[Dataset], *, purpose: Dataset | None = None) -> list[Dataset]:
+    """A reference to each instance once; of a multi-frame one it names the frames, where not all are meant.
+
+    PS3.3 Table 10-3: Referenced Frame Number is required only where the reference does not apply to all frames.
+    """
+    instances: dict[str, list[Dataset]] = {}
+    for dataset in datasets:
+        instances.setdefault(str(dataset.SOPInstanceUID), []).append(dataset)
+    made = []
+    for several in instances.values():
+        item = reference(several[0], purpose=purpose)
+        if len(several) < frame_count(several[0]):
+            item.ReferencedFrameNumber = sorted(frame_number(dataset) for dataset in several)
+        made.append(item)
+    return made
+
+
+def _instance(item: Dataset) -> Dataset:
+    """The same reference to the instance as a whole, as the Common Instance Reference module has it."""
+    whole = copy.deepcopy(item)
+    if "ReferencedFrameNumber" in whole:
+        del whole.ReferencedFrameNumber
+    return whole
 
 
 def code(value: str, meaning: str) -> Dataset:

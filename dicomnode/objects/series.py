@@ -28,11 +28,12 @@ from dicomnode.objects.common import (
     pair_description,
     refer,
     reference,
+    references,
     series_number,
     set_times,
 )
 from dicomnode.objects.deformable import SampledField, interpolate
-from dicomnode.volumes import rescale
+from dicomnode.volumes import frame_number, rescale, single_frame_class
 from registration_engine import Volume, warp
 
 CT_OUTSIDE_HU = -1024.0
@@ -64,6 +65,22 @@ _KEPT = (
     "WindowWidth",
     "WindowCenterWidthExplanation",
     "VOILUTFunction",
+    # PET Series, Isotope and Image modules, PS3.3 C.8.9
+    "Units",
+    "CountsSource",
+    "SeriesType",
+    "CorrectedImage",
+    "DecayCorrection",
+    "RandomsCorrectionMethod",
+    "AttenuationCorrectionMethod",
+    "ScatterCorrectionMethod",
+    "ReconstructionMethod",
+    "RadiopharmaceuticalInformationSequence",
+    "PatientOrientationCodeSequence",
+    "PatientGantryRelationshipCodeSequence",
+    "FrameReferenceTime",
+    "DecayFactor",
+    "DoseCalibrationFactor",
 )
 # Of group 0018: true of the moving grid only
 _GEOMETRY = (
@@ -143,7 +160,7 @@ def registered_series(
         sources = [subject.moving.datasets[n] for n in _contributing(subject, sampled, k)]
         _refer_to_images(dataset, fixed, sources)
         registration = [(registration_object, [reference(registration_object)])] if registration_object else []
-        images = [(series[0], [reference(each) for each in series]) for series in ([fixed], sources) if series]
+        images = [(series[0], references(series)) for series in ([fixed], sources) if series]
         refer(dataset, [*images, *registration])
         dataset.PixelData = scale.stored(warped.voxels[k]).tobytes()
         yield dataset
@@ -152,13 +169,14 @@ def registered_series(
 def _template(subject: Subject, scale: Scale) -> Dataset:
     """What every slice of the series has in common."""
     fixed, moving = subject.fixed.first, subject.moving.first
-    dataset = new_dataset(moving.SOPClassUID, subject.uid("series"))
+    dataset = new_dataset(single_frame_class(moving), subject.uid("series"))
     dataset.SpecificCharacterSet = character_set(subject)
     acquisition = [e for e in moving.group_dataset(0x0018) if e.keyword not in _GEOMETRY]
     for element in (*(moving[keyword] for keyword in _KEPT if keyword in moving), *acquisition):
         dataset.add(copy.deepcopy(element))
     copy_patient_and_study(subject.home, dataset)
     set_times(dataset, moving, subject.provenance.created_at)
+    _complete_from_enhanced(moving, dataset)
     image_type = [str(value) for value in moving.get("ImageType") or []]
     dataset.ImageType = ["DERIVED", "SECONDARY", *(image_type[2:] or ["AXIAL" if _is_ct(moving) else "OTHER"])]
     dataset.SeriesInstanceUID = subject.uid("series series")
@@ -184,6 +202,28 @@ def _template(subject: Subject, scale: Scale) -> Dataset:
     return dataset
 
 
+def _complete_from_enhanced(moving: Dataset, target: Dataset) -> None:
+    """What single-frame images must say and multi-frame ones say otherwise or not at all (PS3.3 C.8.2.1, C.8.3.1)."""
+    if not frame_number(moving):
+        return
+    empty = ["AcquisitionNumber"]
+    if target.Modality == "MR":
+        empty += ["ScanOptions", "MRAcquisitionType", "RepetitionTime", "EchoTime", "EchoTrainLength"]
+        pulses = {"SPIN": "SE", "GRADIENT": "GR", "BOTH": ["SE", "GR"]}
+        if "ScanningSequence" not in target:
+            target.ScanningSequence = pulses.get(str(moving.get("EchoPulseSequence")), "RM")
+        if "SequenceVariant" not in target:
+            target.SequenceVariant = "NONE"
+        for keyword in ("InversionTime", "VelocityEncodingDirection"):  # of the macros; a single frame has no IR here
+            if keyword in target and "IR" not in target.ScanningSequence:
+                del target[keyword]
+    if not any(target.get(keyword) for keyword in ("BodyPartExamined", "Laterality", "ImageLaterality")):
+        target.Laterality = ""
+    for keyword in empty:
+        if keyword not in target:
+            setattr(target, keyword, None)
+
+
 def _describe_derivation(dataset: Dataset, subject: Subject) -> None:
     text = f"{dataset.SeriesDescription}: resampled once, linearly, on the fixed grid by the total displacement field."
     if subject.warning:
@@ -207,14 +247,12 @@ def _describe_derivation(dataset: Dataset, subject: Subject) -> None:
 
 def _refer_to_images(dataset: Dataset, fixed: Dataset, sources: list[Dataset]) -> None:
     """Source Image Sequence and Referenced Image Sequence, PS3.3 C.7.6.16.2.7 and C.7.6.1."""
-    dataset.ReferencedImageSequence = [reference(fixed, purpose=code("121338", "Anatomic image"))]
+    dataset.ReferencedImageSequence = references([fixed], purpose=code("121338", "Anatomic image"))
     if not sources:
         return
-    items = []
-    for source in sources:
-        item = reference(source, purpose=code("121322", "Source image for image processing operation"))
+    items = references(sources, purpose=code("121322", "Source image for image processing operation"))
+    for item in items:
         item.SpatialLocationsPreserved = "NO"
-        items.append(item)
     dataset.SourceImageSequence = items
 
 
@@ -270,4 +308,4 @@ def _copy_lossy(moving: SourceSeries, target: Dataset) -> None:
 
 
 def _is_ct(dataset: Dataset) -> bool:
-    return bool(dataset.SOPClassUID == CTImageStorage)
+    return single_frame_class(dataset) == CTImageStorage

@@ -98,6 +98,11 @@ def frame_number(dataset: Dataset) -> int:
     return dataset.number if isinstance(dataset, Frame) else 0
 
 
+def frame_count(dataset: Dataset) -> int:
+    """How many frames the instance of a frame has, 1 of a single-frame instance."""
+    return len(dataset.parent.PerFrameFunctionalGroupsSequence) if isinstance(dataset, Frame) else 1
+
+
 def single_frame_class(dataset: Dataset) -> UID:
     """The SOP class whose attributes a slice has: its own, or of a frame its single-frame sibling."""
     sop_class = UID(str(dataset.get("SOPClassUID") or ""))

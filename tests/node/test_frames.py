@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import phantoms
 import pytest
+from counterparts import dciodvfy_errors
+from hand_made import make_objects
 from multi_frame import enhanced, item
 from pydicom.uid import (
     EnhancedCTImageStorage,
@@ -158,3 +160,39 @@ def test_two_orientations_in_one_series_are_two_volumes() -> None:
 
     assert [tuple(volume.split_by) for volume, _ in described.volumes] == [("ImageOrientationPatient", "Rows")] * 2
     assert [len(members) for _, members in described.volumes] == [20, 20]
+
+
+@pytest.mark.parametrize("modality", ["CT", "MR"])
+def test_objects_of_a_multi_frame_pair_are_those_of_the_single_frame_one(modality: str, tmp_path: Path) -> None:
+    fixed, moving = phantoms.make_pair(modality=modality, shape=(6, 16, 20))
+    whole = [enhanced(series, CLASSES[modality], of_frame=[{}] * 6) for series in (fixed, moving)]
+
+    made = make_objects(*(frames_of(instance) for instance in whole))
+
+    for (kind, ours), (_, single) in zip(made, make_objects(fixed, moving), strict=True):
+        assert ours.SOPClassUID == single.SOPClassUID
+        if kind == "series":
+            assert ours.PixelData == single.PixelData
+            assert ours.ImagePositionPatient == single.ImagePositionPatient
+            (source,) = ours.SourceImageSequence
+            assert source.ReferencedSOPInstanceUID == whole[1].SOPInstanceUID
+            assert all(1 <= number <= 6 for number in np.atleast_1d(source.ReferencedFrameNumber))
+            (listed, *_) = ours.ReferencedSeriesSequence[0].ReferencedInstanceSequence
+            assert "ReferencedFrameNumber" not in listed
+    paths = [tmp_path / f"{n}.dcm" for n in range(len(made))]
+    for path, (_, dataset) in zip(paths, made, strict=True):
+        dataset.save_as(path, enforce_file_format=True)
+    assert dciodvfy_errors(paths) == set()
+
+
+def test_volumes_of_one_instance_give_objects_of_their_own() -> None:
+    fixed, moving = phantoms.make_pair(modality="MR", shape=(6, 16, 20))
+    groups = [{"FrameContentSequence": [item(TemporalPositionIndex=1 + n // 6)]} for n in range(12)]
+    both = frames_of(enhanced([*fixed, *moving], EnhancedMRImageStorage, of_frame=groups))
+
+    there = dict(make_objects(both[:6], both[6:]))
+    back = dict(make_objects(both[6:], both[:6]))
+
+    assert there["dsr"].SOPInstanceUID != back["dsr"].SOPInstanceUID
+    (reference,) = there["dsr"].DeformableRegistrationSequence[0].ReferencedImageSequence
+    assert reference.ReferencedFrameNumber == [7, 8, 9, 10, 11, 12]
