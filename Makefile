@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: bench-receive bench-registration demo test lint install clean
+.PHONY: campaigns bench-receive bench-registration demo test lint install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dicomnode demo --out demo-out
@@ -32,6 +32,10 @@ bench-registration: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.registration install
 	$(BIN)/python -m benchmarks.registration run
 	$(BIN)/python -m benchmarks.registration series
+
+# Full sizes: 20,000 mutants, 4 senders x 1,000 instances, 10,000 associations. About an hour.
+campaigns: $(VENV)/.tested
+	CAMPAIGNS=1 $(BIN)/pytest -p no:randomly tests/system/test_reception_campaigns.py
 
 bench-receive: $(VENV)/.tested
 	$(BIN)/python benchmarks/receive.py
