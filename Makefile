@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: campaigns bench-receive bench-registration demo test lint install clean
+.PHONY: campaigns dynamic bench-receive bench-registration demo test lint install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dicomnode demo --out demo-out
@@ -39,6 +39,10 @@ campaigns: $(VENV)/.tested
 
 bench-receive: $(VENV)/.tested
 	$(BIN)/python benchmarks/receive.py
+
+# A dynamic series of 30 phases as one job, delivered both ways: a quarter of an hour.
+dynamic: $(VENV)/.tested
+	PHASES=30 $(BIN)/pytest --timeout 2400 tests/system/test_dynamic.py
 
 clean:
 	rm -rf $(VENV) demo-out .mypy_cache .pytest_cache .ruff_cache .hypothesis

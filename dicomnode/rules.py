@@ -351,6 +351,10 @@ class Rule(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Rule:
+        if {"series", "series_4d"} <= set(self.outputs):
+            raise ProblemError(
+                ("outputs",), "series and series_4d", "one of them: the phases in series each, or in one"
+            )
         if "series_4d" in self.outputs and self.split is None:
             raise ProblemError(("outputs",), "series_4d", "split in the rule: one 4D series needs phases")
         if self.roles.prior is None:
@@ -372,7 +376,7 @@ class Rule(Section):
         """How a job made `now` (aware) is queued."""
         begins = now if self.schedule is None else self.schedule.next_start(now.astimezone())
         held = "" if begins <= now else f"waits for the hours of its rule: {begins:%Y-%m-%d %H:%M}"
-        return JobPlan(PATIENCE_S[self.priority], held)
+        return JobPlan(PATIENCE_S[self.priority], held, is_one_job=self.split is not None)
 
     def quiet_s(self, default: float) -> float:
         """Seconds of quiet after which a series counts for this rule; `default` is the node's."""

@@ -11,12 +11,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from pydicom import Dataset
@@ -26,11 +26,15 @@ from dicomnode import objects, rules, volumes
 from dicomnode.archive import Archive
 from dicomnode.config import Config
 from dicomnode.errors import LocalError, RegistrationRejectedError, StudyError
+from dicomnode.findings import keys_of
 from dicomnode.index import SUPERSEDED, Index
 from dicomnode.model import Instance, JobState, Product, Verdict
+from dicomnode.objects import Provenance, SourceSeries
 from dicomnode.rules import Rule
+from dicomnode.scopes import in_time, key_of
 from dicomnode.verdict import judge
-from registration_engine import DisplacementField, Grid, Preset, Registration, Report
+from registration_engine import DisplacementField, Grid, Preset, Registration, Report, Volume
+from registration_engine.dynamic import register_4d
 
 PROGRESS_EVERY_S = 1.0
 STORED = tuple(Instance.__dataclass_fields__)
@@ -43,6 +47,30 @@ class _Result:
     registration: Registration
     sampled: objects.SampledField
     registered_at: datetime
+
+
+class _Phases(Sequence[Volume]):
+    """The phases of a dynamic series, each read when it is asked for."""
+
+    def __init__(self, roles: Sequence[str], load: Callable[[str], Volume]) -> None:
+        self._roles, self._load = roles, load
+
+    def __len__(self) -> int:
+        return len(self._roles)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._load(self._roles[number])
+
+
+def _of_all(judged: Sequence[tuple[Verdict, str]]) -> tuple[Verdict, str]:
+    """The verdict on a dynamic series: rejected only where every phase is."""
+    rejected = [reason for verdict, reason in judged if verdict == Verdict.REJECT]
+    if len(rejected) == len(judged):
+        return Verdict.REJECT, f"every phase was rejected, the first: {rejected[0]}"
+    if rejected:
+        return Verdict.WARN, f"{len(rejected)} of {len(judged)} phases were rejected, the first: {rejected[0]}"
+    warned = [reason for verdict, reason in judged if verdict == Verdict.WARN]
+    return (Verdict.WARN, warned[0]) if warned else (Verdict.ACCEPT, "")
 
 
 class Steps:
@@ -78,22 +106,36 @@ class Steps:
                 shutil.rmtree(folder)
 
     def volumes(self, job_id: str) -> None:
-        """Fix which instances and frames take part, and pass both volumes through the geometry gate."""
-        job = self._index.job(job_id)
-        inputs = {}
-        for role, uid, number in (
-            ("fixed", job.fixed_series_instance_uid, job.fixed_volume_number),
-            ("moving", job.moving_series_instance_uid, job.moving_volume_number),
-        ):
-            members = self._index.members_of(uid, number)
+        """Fix which instances and frames take part, and pass every volume through the geometry gate."""
+        pairs = self._index.pairs_of_job(job_id)
+        keys = {f"moving-{n}" if n else "moving": keys_of(each)[1] for n, each in enumerate(pairs)}
+        keys["fixed"] = keys_of(pairs[0])[0]
+        inputs: dict[str, Any] = {}
+        first = {}
+        for role, key in keys.items():
+            members = self._index.members_of(*key)
             paths, frames = [self._archive.path(instance) for instance, _ in members], [each for _, each in members]
-            volumes.geometry(volumes.read_headers(paths, frames))
+            headers = volumes.read_headers(paths, frames)
+            volumes.geometry(headers)
+            first[role] = replace(
+                volumes.outline(headers[0], last_received_at=datetime.now(UTC)),
+                series_instance_uid=key[0],
+                volume_number=key[1],
+            )
             inputs[role] = [asdict(instance) | {"frames": frames} for instance, frames in members]
+        of_key = {key: role for role, key in keys.items()}
+        is_one_series = len({key[0] for key in of_key}) == 1
+        in_order = None if is_one_series else in_time(list(first.values()))
+        # The volumes of one series are numbered in time.
+        inputs["order"] = [of_key[key] for key in (sorted(of_key) if in_order is None else map(key_of, in_order))]
         with self._new_file(job_id, "inputs.json") as file:
             file.write(json.dumps(inputs).encode())
 
     def registration(self, job_id: str) -> None:
-        """Register, and sample the result on the very grid that will be delivered."""
+        """Register, and sample each result on the very grid that will be delivered."""
+        if len(self._order(job_id)) > 2:
+            self._register_phases(job_id)
+            return
         fixed, moving = (volumes.load(self._datasets(job_id, role)) for role in ("fixed", "moving"))
         try:
             registration = registration_engine.register(
@@ -110,46 +152,33 @@ class Steps:
         self._write(job_id, _Result(registration, objects.sample_grid(registration), datetime.now(UTC)))
 
     def verdict(self, job_id: str) -> None:
-        """Judge what would be delivered; stop here if it must not be."""
-        result = self._read(job_id)
-        sampled = result.sampled
-        verdict, reason = judge(
-            result.registration, sampled.field, max_error_mm=sampled.max_error_mm, tolerance_mm=sampled.tolerance_mm
-        )
-        self._index.judge_job(job_id, verdict, reason, result.registration.report.as_dict())
+        """Judge what would be delivered; stop here if it must not be. Of a dynamic series each phase stands alone."""
+        moving = [role for role in self._order(job_id) if role != "fixed"]
+        failed = json.loads(self._text(job_id, "failed.json") or "{}")
+        judged: dict[str, tuple[Verdict, str]] = {role: (Verdict.REJECT, reason) for role, reason in failed.items()}
+        reports = {}
+        for role in moving:
+            if role in failed:
+                continue
+            result = self._read(job_id, role)
+            sampled = result.sampled
+            judged[role] = judge(
+                result.registration, sampled.field, max_error_mm=sampled.max_error_mm, tolerance_mm=sampled.tolerance_mm
+            )
+            reports[role] = result.registration.report.as_dict()
+        verdict, reason = judged[moving[0]] if len(moving) == 1 else _of_all([judged[role] for role in moving])
+        report = reports[moving[0]] if len(moving) == 1 else {"phases": [reports.get(role) for role in moving]}
+        self._index.judge_job(job_id, verdict, reason, report)
         if verdict is Verdict.REJECT:
             raise RegistrationRejectedError(reason)
+        with self._new_file(job_id, "verdicts.json") as file:
+            file.write(json.dumps(judged).encode())
 
     def objects(self, job_id: str) -> None:
         """Make the objects and keep them; what is kept and committed already is never made again."""
         if self._index.products_of(job_id):
             return
-        job, rule, result = self._index.job(job_id), self._rule(job_id), self._read(job_id)
-        fixed, moving = (
-            objects.SourceSeries.of(self._datasets(job_id, role), self._digests(job_id, role))
-            for role in ("fixed", "moving")
-        )
-        report = result.registration.report
-        made = objects.build(
-            fixed,
-            moving,
-            volumes.load(moving.datasets),
-            result.registration,
-            result.sampled,
-            outputs=[*rule.outputs, *(["sro_affine"] if rule.registration.affine_sro else [])],
-            provenance=objects.Provenance(
-                rule_id=job.rule_id,
-                rule_version=job.rule_version,
-                preset=report.preset,
-                software_version=version("dicomnode"),
-                device_class=report.device.split(":")[0],
-                created_at=result.registered_at,
-                model_sha256=report.model_sha256,
-                parameters={"seed": report.seed, **rule.registration.parameters},
-            ),
-            warning=job.reason,
-            store_in=rule.store_in,
-        )
+        made = self._made(job_id)
         self._index.add_products([Product(job_id, kind, self._archive.keep_dataset(dataset)) for kind, dataset in made])
 
     def deliver(self, job_id: str) -> None:
@@ -163,6 +192,92 @@ class Steps:
             raise StudyError(f"destination {', '.join(missing)} of the rule is not configured any more")
         self._index.enqueue_deliveries(job_id, names, now=datetime.now(UTC))
         shutil.rmtree(self._jobs / job_id, ignore_errors=True)  # what is left, `sweep` removes
+
+    def _register_phases(self, job_id: str) -> None:
+        """All phases of a dynamic series onto its reference, each from what its neighbour found."""
+        order, preset = self._order(job_id), self._preset(job_id)
+        note = self._progress(job_id)
+        phases = _Phases(order, lambda role: volumes.load(self._datasets(job_id, role)))
+        failed: dict[str, str] = {}
+        try:
+            for done, phase in enumerate(
+                register_4d(phases, reference=order.index("fixed"), preset=preset, device=self._config.worker.device),
+                start=1,
+            ):
+                role = order[phase.number]
+                if phase.registration is None:
+                    failed[role] = f"phase {phase.number}: {phase.error}"
+                else:
+                    sampled = objects.sample_grid(phase.registration)
+                    self._write(job_id, _Result(phase.registration, sampled, datetime.now(UTC)), role)
+                note("phases", done / (len(order) - 1))
+        except registration_engine.RegistrationError as error:
+            raise StudyError(str(error)) from error
+        with self._new_file(job_id, "failed.json") as file:
+            file.write(json.dumps(failed).encode())
+
+    def _made(self, job_id: str) -> Iterator[tuple[str, Dataset]]:
+        """The objects of every pair that was not rejected; with `series_4d` their series are one."""
+        rule, order = self._rule(job_id), self._order(job_id)
+        judged = json.loads(self._text(job_id, "verdicts.json"))
+        fixed = self._source(job_id, "fixed")
+        with_4d = "series_4d" in rule.outputs
+        outputs = [name for name in rule.outputs if name != "series_4d"] + (["series"] if with_4d else [])
+        outputs += ["sro_affine"] if rule.registration.affine_sro else []
+        digests = [digest for role in order for digest in self._digests(job_id, role).values()]
+        accepted = [role for role in order if role != "fixed" and judged[role][0] != Verdict.REJECT]
+        reference = self._provenance(job_id, self._read(job_id, accepted[0]))
+        series_uid = objects.series_4d_uid(digests, reference)
+
+        def placed(dataset: Dataset, role: str) -> Dataset:
+            slices = fixed.grid.shape[0]
+            return objects.as_phase(
+                dataset, series_uid=series_uid, phase=order.index(role), phases=len(order), slices=slices
+            )
+
+        if with_4d:
+            report = self._read(job_id, accepted[0]).registration.report
+            for dataset in objects.reference_phase(fixed, report, reference, store_in=rule.store_in):
+                yield "series", placed(dataset, "fixed")
+        for role in accepted:
+            result, moving = self._read(job_id, role), self._source(job_id, role)
+            for kind, dataset in objects.build(
+                fixed,
+                moving,
+                volumes.load(moving.datasets),
+                result.registration,
+                result.sampled,
+                outputs=outputs,
+                provenance=self._provenance(job_id, result),
+                warning=judged[role][1],
+                store_in=rule.store_in,
+            ):
+                yield kind, placed(dataset, role) if with_4d and kind == "series" else dataset
+
+    def _provenance(self, job_id: str, result: _Result) -> Provenance:
+        job, rule, report = self._index.job(job_id), self._rule(job_id), result.registration.report
+        return Provenance(
+            rule_id=job.rule_id,
+            rule_version=job.rule_version,
+            preset=report.preset,
+            software_version=version("dicomnode"),
+            device_class=report.device.split(":")[0],
+            created_at=result.registered_at,
+            model_sha256=report.model_sha256,
+            parameters={"seed": report.seed, **rule.registration.parameters},
+        )
+
+    def _source(self, job_id: str, role: str) -> SourceSeries:
+        return SourceSeries.of(self._datasets(job_id, role), self._digests(job_id, role))
+
+    def _order(self, job_id: str) -> list[str]:
+        """The roles in the order of their acquisition: `fixed`, `moving`, `moving-1` …"""
+        return list(json.loads(self._text(job_id, "inputs.json"))["order"])
+
+    def _text(self, job_id: str, name: str) -> str:
+        """A file of the job's folder; empty where there is none."""
+        path = self._jobs / job_id / name
+        return path.read_text() if path.exists() else ""
 
     def _preset(self, job_id: str) -> Preset:
         """The rule's preset, or the node's, with the rule's own parameters."""
@@ -201,7 +316,7 @@ class Steps:
 
         return note
 
-    def _write(self, job_id: str, result: _Result) -> None:
+    def _write(self, job_id: str, result: _Result, role: str = "moving") -> None:
         registration, sampled = result.registration, result.sampled
         facts = {
             "report": registration.report.as_dict(),
@@ -209,7 +324,7 @@ class Steps:
             "tolerance_mm": sampled.tolerance_mm,
             "registered_at": result.registered_at.isoformat(),
         }
-        with self._new_file(job_id, "registration.npz") as file:
+        with self._new_file(job_id, f"registration-{role}.npz") as file:
             np.savez(
                 file,
                 facts=np.array(json.dumps(facts)),
@@ -222,8 +337,8 @@ class Steps:
                 displacement=np.empty(0) if registration.displacement is None else registration.displacement,
             )
 
-    def _read(self, job_id: str) -> _Result:
-        with np.load(self._jobs / job_id / "registration.npz", allow_pickle=False) as file:
+    def _read(self, job_id: str, role: str) -> _Result:
+        with np.load(self._jobs / job_id / f"registration-{role}.npz", allow_pickle=False) as file:
             facts = json.loads(str(file["facts"]))
             vectors = file["vectors"]
             z, y, x = (int(n) for n in file["shape"])

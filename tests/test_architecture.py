@@ -48,7 +48,7 @@ MAY_IMPORT = {
         "archive", "completion", "derived", "errors", "index", "model", "pairing", "rules", "trace", "volumes",
     },
     "steps": {
-        "archive", "config", "errors", "index", "model", "objects", "rules", "verdict", "volumes",
+        "archive", "config", "errors", "index", "model", "objects", "rules", "verdict", "volumes", "findings", "scopes",
         "registration_engine",
     },
     "workflow": {"errors", "index", "model"},

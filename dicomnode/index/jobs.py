@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from dicomnode.index.database import Database, insert_new, stored_instance
 from dicomnode.index.tables import delivery, job, pair, product, series
-from dicomnode.model import DeliveryState, Job, JobState, Product, Verdict
+from dicomnode.model import DeliveryState, Job, JobState, Pair, Product, Verdict
 
 
 class Jobs(Database):
@@ -36,6 +36,22 @@ class Jobs(Database):
             row = connection.execute(query).one()
         verdict = None if row[8] is None else Verdict(row[8])
         return Job(*row[:5], JobState(row[5]), row[6], row[7], verdict, *row[9:])
+
+    def pairs_of_job(self, job_id: str) -> list[Pair]:
+        """Every pair that the job registers; all have one fixed volume."""
+        fixed, moving = series.alias(), series.alias()
+        query = (
+            sa.select(
+                pair.c.rule_id, fixed.c.series_instance_uid, moving.c.series_instance_uid,
+                pair.c.fixed_volume_number, pair.c.moving_volume_number,
+            )
+            .join(fixed, pair.c.fixed_series_id == fixed.c.id)
+            .join(moving, pair.c.moving_series_id == moving.c.id)
+            .where(pair.c.job_id == job_id)
+            .order_by(pair.c.id)
+        )  # fmt: skip
+        with self._reading() as connection:
+            return [Pair(*row) for row in connection.execute(query)]
 
     def take_up_job(self, job_id: str, *, now: datetime) -> int:
         """A worker begins or resumes the job; how often that has happened, this time included."""

@@ -139,15 +139,6 @@ class Pairs(Decisions):
                     .where(series.c.series_instance_uid == uid, series.c.state == SeriesState.UNPAIRED)
                     .values(reason=reason)
                 )
-            if patient_of is not None:  # what was current again, or was looked at again, and has its pairs from before
-                has_pair = sa.exists().where(
-                    sa.or_(pair.c.fixed_series_id == series.c.id, pair.c.moving_series_id == series.c.id)
-                )
-                connection.execute(
-                    series.update()
-                    .where(series.c.patient_id == patient_id, series.c.state == SeriesState.UNPAIRED, has_pair)
-                    .values(state=SeriesState.PAIRED, reason="")
-                )
             return ids
 
     def settle(

@@ -14,12 +14,16 @@ from pydicom.config import disable_value_validation
 
 from dicomnode.objects.common import Provenance, SourceSeries, Subject
 from dicomnode.objects.deformable import SampledField, deformable_registration, sample_grid
+from dicomnode.objects.dynamic import as_phase, reference_phase, series_4d_uid
 from dicomnode.objects.invariants import check
 from dicomnode.objects.series import registered_series
 from dicomnode.objects.spatial import spatial_registration
 from registration_engine import Registration, Volume
 
-__all__ = ["Provenance", "SampledField", "SourceSeries", "build", "check", "sample_grid"]
+__all__ = [
+    "Provenance", "SampledField", "SourceSeries", "as_phase", "build", "check", "reference_phase", "sample_grid",
+    "series_4d_uid",
+]  # fmt: skip
 
 OUTPUTS = ("series", "sro", "sro_affine", "dsr")
 """What can be asked for. `sro` is the rigid stage, `sro_affine` the whole linear part."""

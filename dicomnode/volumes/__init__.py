@@ -35,14 +35,15 @@ from dicomnode.volumes.geometry import (
     geometry,
     left_out_because,
 )
-from dicomnode.volumes.pixels import rescale, values
+from dicomnode.volumes.pixels import rescale, stored_values, values
 from dicomnode.volumes.promises import promises
 from dicomnode.volumes.reading import SOFTWARE_NAME, instance_header, name, numbers, read, read_headers, text
 from registration_engine import Volume
 
 __all__ = [
     "MAX_VOXELS", "SOFTWARE_NAME", "Description", "Stack", "describe", "frame_count", "frame_number", "geometry",
-    "instance_header", "load", "promises", "read", "read_headers", "rescale", "single_frame_class",
+    "instance_header", "load", "outline", "promises", "read", "read_headers", "rescale", "single_frame_class",
+    "stored_values",
 ]  # fmt: skip
 
 _BULK = {"OB", "OD", "OF", "OL", "OV", "OW", "SQ", "UN", "UT"}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -333,6 +334,23 @@ def test_each_study_has_its_own_pair() -> None:
     studies = [each for n in "123" for each in (a(f"A{n}", study=n), b(f"B{n}", study=n))]
 
     assert made(decide(rule_set(), studies)) == [("A1", "B1"), ("A2", "B2"), ("A3", "B3")]
+
+
+def test_thirty_phases_of_one_series_make_twenty_nine_pairs_to_the_middle_one() -> None:
+    dynamic = rule_set(
+        split={"by": "auto"},
+        roles={"fixed": {"match": {"phase": "middle"}}, "moving": {"match": {"phase": "others"}, "many": True}},
+        pair={"same": ["SeriesInstanceUID"]},
+    )
+    one = volume("D")
+    phases = [replace(one, volume_number=n, phase_index=n, phases=30) for n in range(30)]
+
+    decision = decide(dynamic, phases)
+
+    assert {(pair.fixed_series_instance_uid, pair.fixed_volume_number) for pair in decision.pairs} == {("D", 15)}
+    assert sorted(pair.moving_volume_number for pair in decision.pairs) == [n for n in range(30) if n != 15]
+    assert decide(dynamic, phases, existing=decision.pairs).pairs == ()
+    assert dynamic.rules[0].plan(NOW).is_one_job
 
 
 # ── between two series ──

@@ -1,0 +1,63 @@
+"""One 4D series of all phases: those registered as they were made, the reference with its own pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+from pydicom import Dataset
+from pydicom.config import disable_value_validation
+
+from dicomnode.objects.common import Provenance, SourceSeries, Subject, _uid
+from dicomnode.objects.deformable import sample_grid
+from dicomnode.objects.invariants import check
+from dicomnode.objects.series import registered_series
+from dicomnode.volumes import load, stored_values
+from registration_engine import Registration, Report
+
+
+def series_4d_uid(digests: Sequence[str], provenance: Provenance) -> str:
+    """The Series Instance UID of the 4D series of these source instances, made in this way."""
+    how = [provenance.rule_id, provenance.rule_version, provenance.preset, dict(provenance.parameters)]
+    software = [provenance.software_version, provenance.model_sha256, provenance.device_class]
+    return _uid(["4d series", sorted(digests), *how, *software])
+
+
+def reference_phase(fixed: SourceSeries, report: Report, provenance: Provenance, *, store_in: str) -> Iterator[Dataset]:
+    """The reference as a phase of the 4D series: a derived copy whose stored values are the source's, unchanged."""
+    identity = Registration(
+        grid=fixed.grid,
+        rigid=np.eye(4),
+        moving_from_fixed=np.eye(4),
+        displacement=None,
+        report=replace(report, folding_fraction=0.0, max_displacement_mm=0.0),
+    )
+    subject = Subject(fixed, fixed, provenance, is_deformable=False, store_in=store_in)
+    with disable_value_validation():
+        made = registered_series(subject, load(fixed.datasets), sample_grid(identity), None)
+        stored = stored_values(fixed.datasets)
+        for dataset, source, pixels in zip(made, fixed.datasets, stored, strict=True):
+            checked = check(dataset, subject)
+            checked.DerivationDescription = "Reference phase of a registered dynamic series: its pixels are unchanged."
+            del checked.DerivationCodeSequence
+            for keyword in ("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"):
+                checked[keyword] = source[keyword]
+            for keyword in ("RescaleSlope", "RescaleIntercept", "RescaleType", "PixelPaddingValue"):
+                if keyword in source:
+                    checked[keyword] = source[keyword]
+                elif keyword in checked:
+                    del checked[keyword]
+            checked.PixelData = pixels.astype(f"<{pixels.dtype.kind}{checked.BitsAllocated // 8}").tobytes()
+            yield checked
+
+
+def as_phase(dataset: Dataset, *, series_uid: str, phase: int, phases: int, slices: int) -> Dataset:
+    """A slice of a registered series as a slice of the 4D series; `phase` from 0."""
+    dataset.SeriesInstanceUID = series_uid
+    dataset.SeriesDescription = f"REG 4D {dataset.SeriesDescription.split(' to ')[-1]}"[:64]
+    dataset.TemporalPositionIdentifier = phase + 1
+    dataset.NumberOfTemporalPositions = phases
+    dataset.AcquisitionNumber = phase + 1
+    dataset.InstanceNumber = phase * slices + int(dataset.InstanceNumber)
+    return dataset

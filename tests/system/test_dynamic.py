@@ -1,0 +1,93 @@
+"""A dynamic series: pairs to the middle phase, one job, delivered as a series per phase or as one of all phases."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import phantoms
+import pydicom
+import pytest
+from held import Held
+
+from dicomnode import config as configuration
+from dicomnode import volumes, workflow
+from dicomnode.model import JobState
+from dicomnode.steps import Steps
+
+PHASES, SLICES = int(os.environ.get("PHASES", "3")), 8
+"""`make dynamic` runs the 30 phases of the paper's protocol; a few show the same in less time."""
+RULES = """
+version: 1
+rules:
+  - id: dce
+    when: {{Modality: MR}}
+    split: {{by: series}}
+    roles:
+      fixed: {{match: {{phase: middle}}}}
+      moving: {{match: {{phase: others}}, many: true}}
+    pair: {{same: [SeriesInstanceUID]}}
+    register: {{preset: fast, parameters: {{voxels: 2000}}}}
+    outputs: [{output}]
+"""
+
+
+def dynamic() -> list[Any]:
+    """One series; phase n lies shifted by a slow wave."""
+    uid, found = phantoms.make_uid("dynamic"), []
+    for n in range(PHASES):
+        shift = 6.0 * abs((n % 10) - 5) / 5 - 3.0
+        phase = phantoms.make_series(
+            modality="MR", shift_mm=(0.0, shift, 0.0), shape=(SLICES, 24, 24), spacing_mm=(20.0, 14.0, 14.0), seed=n
+        )
+        for k, dataset in enumerate(phase):
+            dataset.SeriesInstanceUID = uid
+            dataset.SOPInstanceUID = phantoms.make_uid(uid, n, k)
+            dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+            dataset.TemporalPositionIdentifier, dataset.NumberOfTemporalPositions = n + 1, PHASES
+            dataset.AcquisitionTime = f"10{n:02}00"
+            dataset.InstanceNumber = n * SLICES + k + 1
+        found += phase
+    return found
+
+
+@pytest.mark.parametrize("output", ["series", "series_4d"])
+def test_all_phases_are_one_job_and_come_back_as_asked(tmp_path: Path, output: str) -> None:
+    held, sent = Held(tmp_path / "node"), dynamic()
+    workflow.migrate(held.url)
+    held.put_rules(RULES.format(output=output))
+    held.receive(sent)
+    held.tick()
+
+    (job_id,) = [each for each, _ in held.queued]
+    pairs = held.index.pairs_of_job(job_id)
+    assert {pair.fixed_volume_number for pair in pairs} == {PHASES // 2}
+    assert sorted(pair.moving_volume_number for pair in pairs) == [n for n in range(PHASES) if n != PHASES // 2]
+
+    for step in Steps(configuration.load(held.config), held.index, held.archive).in_order().values():
+        step(job_id)
+
+    (job,) = held.index.status()["jobs"]
+    assert job["state"] == JobState.DONE
+    assert len(job["report"]["phases"]) == PHASES - 1
+    made = [pydicom.dcmread(held.archive.path(each.instance)) for each in held.index.products_of(job_id)]
+    series = Counter(str(each.SeriesInstanceUID) for each in made)
+    if output == "series":
+        assert len(series) == PHASES - 1
+        assert set(series.values()) == {SLICES}
+        return
+    assert set(series.values()) == {PHASES * SLICES}
+    assert len({str(each.SOPInstanceUID) for each in made}) == PHASES * SLICES
+    assert len({int(each.InstanceNumber) for each in made}) == PHASES * SLICES
+    described = volumes.describe(made, last_received_at=datetime.now(UTC))
+    assert [volume.phases for volume, _ in described.volumes] == [PHASES] * PHASES
+    source = {s.ImagePositionPatient[2]: s for s in sent if s.TemporalPositionIdentifier == PHASES // 2 + 1}
+    kept = [each for each in made if each.TemporalPositionIdentifier == PHASES // 2 + 1]
+    assert len(kept) == SLICES
+    for each in kept:
+        assert each.PixelData == source[each.ImagePositionPatient[2]].PixelData
+        assert each.SOPInstanceUID != source[each.ImagePositionPatient[2]].SOPInstanceUID
+        assert volumes.instance_header(each).is_own_output
