@@ -1,8 +1,9 @@
 """DICOM-native PACS node: the map of this package.
 
-    instance received   listener      bytes as sent, to a temporary file of the archive
-      → stored          archive       fsync → rename → fsync folder
-      → indexed         index         commit; only now the answer 0x0000
+    instance received   listener      sockets, threads, timers; upperlayer, dimse, negotiation: pure, the protocol
+      → sealed          intake        content, name and journal record durable with one fsync (archive, spool); only
+                                      now the answer 0x0000
+      → indexed         indexer       a process of its own: header read, file moved, commit; or quarantine, and why
     series complete     completion    pure: open associations, quiet period
       → volumes         volumes       pure: one series → its regular volumes, or the measured reason why there are none;
                         phases        pure: what tells the volumes of one series apart, and their order
@@ -18,6 +19,8 @@
     config, document, rules, conditions, vocabulary, derived   what an administrator writes, and what it means
     scopes, partners → findings → reasons, trace               what a rule looks among, what it saw, and in words
     priors fetched      retrieve      C-FIND, C-MOVE or C-GET, QIDO and WADO, for rules that need an earlier examination
+
+    commitment          Storage Commitment SCP
 
     scheduler           reads the index, asks the pure rooms, writes what they decided
     service             supervises all of it; cli wires it together

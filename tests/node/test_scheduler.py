@@ -32,7 +32,6 @@ class Node:
     def __init__(self, folder: Path, **options: Any) -> None:
         self.now = NOW
         self.archive = Archive(folder)
-        self.archive.sweep()
         self.index = Index(f"sqlite:///{folder}/node.db")
         self.index.migrate()
         self.options = {"quiet_period_s": 30.0, "incomplete_wait_s": 300.0, **options}

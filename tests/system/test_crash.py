@@ -96,7 +96,7 @@ def test_on_postgresql_too_it_is_killed_and_delivers_exactly_what_a_node_on_sqli
     tmp_path: Path,
 ) -> None:
     arrows = [
-        "dicomnode.index.receiving:Receiving.add_instance:after",
+        "dicomnode.index.journal:Journal.index_entries:after",
         "dicomnode.index.pairs:Pairs.add_pairs:after",
         "dicomnode.index.jobs:Jobs.take_up_job:after",
         "dicomnode.steps:Steps.objects:after",
