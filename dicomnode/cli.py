@@ -59,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     indexer = command("indexer", _indexer, "run the indexer: read the headers of what has been received")
     config_option(indexer)
     indexer.add_argument("--supervised", action="store_true", help="stop when standard input closes")
+    bring_in = command("import", _import, "bring in the DICOM files of a folder, as if they had been sent")
+    bring_in.add_argument("folder", type=Path, metavar="DIR", help="folder, with all that lies below it")
+    config_option(bring_in)
     check = command("check", _check, "check the configuration and its rules; exit status 0, or 2 with the reason")
     config_option(check)
     check.add_argument("--schema", action="store_true", help="print the JSON Schema of the configuration")
@@ -123,6 +126,34 @@ def _indexer(arguments: argparse.Namespace) -> int:
     run(Indexer(index, archive, volumes.instance_header, duplicates=policy), stop)
     index.close()
     return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from dicomnode.archive import Archive
+    from dicomnode.importing import import_folder
+    from dicomnode.index import Index
+    from dicomnode.service import intake_of
+
+    config = configuration.load(arguments.config)
+    _log_to_stderr("warning")
+    if not arguments.folder.is_dir():
+        raise ConfigError("import", "DIR", str(arguments.folder), "a folder")
+    index = Index(config.database_url)
+    index.migrate()
+    intake = intake_of(config, Archive(config.data_dir), index)
+    intake.start()
+    imported = refused = 0
+    try:
+        for path, reason in import_folder(arguments.folder, intake, called_ae_title=config.node.ae_title):
+            imported += not reason
+            refused += bool(reason)
+            if reason:
+                print(f"{path}: not imported: {reason}", file=sys.stderr)
+    finally:
+        intake.stop()
+        index.close()
+        print(f"imported {imported} instances, {refused} files not imported")
+    return 1 if refused else 0
 
 
 def _check(arguments: argparse.Namespace) -> int:

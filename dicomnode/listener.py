@@ -150,7 +150,7 @@ class Listener:
                 self.access,
                 open_calling=list(self._open.values()),
                 is_full=is_full,
-                resolve=_addresses,
+                resolve=addresses_of,
             )
             if rejection is None:
                 self._open[connection] = request.calling_ae_title
@@ -447,7 +447,8 @@ class _Connection:
         self._socket.sendall(self._layer.message(self._command.context_id, answer))
 
 
-def _addresses(host: str) -> set[str]:
+def addresses_of(host: str) -> set[str]:
+    """What a host name resolves to."""
     with suppress(OSError):  # a name that cannot be resolved matches nobody
         return {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
     return set()

@@ -24,11 +24,12 @@ from dicomnode.delivery import DeliveryService
 from dicomnode.errors import LocalError
 from dicomnode.index import Index
 from dicomnode.intake import Intake, IntakeLimits
-from dicomnode.listener import Listener
+from dicomnode.listener import Listener, addresses_of
 from dicomnode.model import DuplicatePolicy
-from dicomnode.negotiation import Access, Peer
+from dicomnode.negotiation import Access, Peer, comes_from
 from dicomnode.retrieve import PriorService
 from dicomnode.scheduler import Scheduler
+from dicomnode.web import WebServer, application
 
 log = logging.getLogger(__name__)
 
@@ -70,13 +71,13 @@ def serve(config: Config, config_path: Path | None, stop: threading.Event) -> No
     )
     children = [ChildProcess("indexer", config_path), ChildProcess("worker", config_path)]
     delivery = DeliveryService(config.destinations, index, archive, ae_title=config.node.ae_title)
-    intake = Intake(archive, index, duplicates=DuplicatePolicy(config.node.duplicates), limits=_intake_limits(config))
+    intake = intake_of(config, archive, index)
     peers = tuple(
         Peer(peer.ae_title, () if peer.host is None else (peer.host,), peer.max_associations, peer.port)
         for peer in config.peers
     )
     commitment = CommitmentSCP(config.node.ae_title, peers, index, intake)
-    listeners = _listeners(config, peers, intake, commitment)
+    doors = [*_listeners(config, peers, intake, commitment), *_web_servers(config, peers, intake)]
     priors = PriorService(config.sources, index, archive, ae_title=config.node.ae_title)
     try:
         intake.start()
@@ -85,8 +86,8 @@ def serve(config: Config, config_path: Path | None, stop: threading.Event) -> No
         priors.start()
         delivery.start()
         commitment.start()
-        for listener in listeners:
-            listener.start()
+        for door in doors:
+            door.start()
         while not stop.wait(TICK_S):
             for child in children:
                 child.look_after()
@@ -98,8 +99,8 @@ def serve(config: Config, config_path: Path | None, stop: threading.Event) -> No
         log.info("stopping")
         for child in children:
             child.ask_to_stop()
-        for listener in listeners:
-            listener.stop()
+        for door in doors:
+            door.stop()
         priors.stop()
         commitment.stop()
         intake.stop()
@@ -111,13 +112,14 @@ def serve(config: Config, config_path: Path | None, stop: threading.Event) -> No
         log.info("stopped")
 
 
-def _intake_limits(config: Config) -> IntakeLimits:
-    limits = config.limits
-    return IntakeLimits(
-        max_instance_bytes=limits.max_instance_mb << 20,
-        refuse_below_bytes=limits.refuse_below_free_mb << 20,
-        reject_below_bytes=limits.reject_below_free_mb << 20,
+def intake_of(config: Config, archive: Archive, index: Index) -> Intake:
+    """The archive path as it is configured."""
+    limits = IntakeLimits(
+        max_instance_bytes=config.limits.max_instance_mb << 20,
+        refuse_below_bytes=config.limits.refuse_below_free_mb << 20,
+        reject_below_bytes=config.limits.reject_below_free_mb << 20,
     )
+    return Intake(archive, index, duplicates=DuplicatePolicy(config.node.duplicates), limits=limits)
 
 
 def _listeners(config: Config, peers: tuple[Peer, ...], intake: Intake, commitment: CommitmentSCP) -> list[Listener]:
@@ -147,6 +149,25 @@ def _listeners(config: Config, peers: tuple[Peer, ...], intake: Intake, commitme
     if config.tls.port is None:
         return [listener(config.node.port, context)]
     return [listener(config.node.port, None), listener(config.tls.port, context)]
+
+
+def _web_servers(config: Config, peers: tuple[Peer, ...], intake: Intake) -> list[WebServer]:
+    if config.web is None:
+        return []
+    hosts = tuple(peer.hosts for peer in peers) if config.access.mode == "known" else ((),)
+
+    def is_admitted(address: str) -> bool:
+        return any(comes_from(address, each, addresses_of) for each in hosts)
+
+    app = application(
+        intake,
+        called_ae_title=config.node.ae_title,
+        is_admitted=is_admitted,
+        silence_s=config.limits.network_timeout_s,
+    )
+    tls = None if config.tls is None else tls_context(config.tls)
+    most = config.limits.max_associations
+    return [WebServer(app, config.web.host, config.web.port, max_connections=most, tls=tls)]
 
 
 def tls_context(tls: TlsSection) -> ssl.SSLContext:

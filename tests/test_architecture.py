@@ -38,6 +38,10 @@ MAY_IMPORT = {
     "negotiation": {"upperlayer"},
     "spool": {"errors"},
     "intake": {"archive", "errors", "index", "model", "spool"},
+    "part10": set(),
+    "importing": {"errors", "intake", "part10", "spool"},
+    "stow": {"errors", "intake", "part10", "spool"},
+    "web": {"errors", "intake", "spool", "stow"},
     "indexer": {"archive", "errors", "index", "model"},
     "commitment": {"dimse", "errors", "index", "intake", "model", "negotiation", "spool"},
     "listener": {
@@ -57,7 +61,7 @@ MAY_IMPORT = {
     "schedule": {"document"},
     "service": {
         "archive", "commitment", "config", "delivery", "errors", "index", "intake", "listener", "model", "negotiation",
-        "retrieve", "rules", "scheduler", "workflow",
+        "retrieve", "rules", "scheduler", "web", "workflow",
     },
     "anatomy": set(),
     "phantom": {"anatomy"},
@@ -67,8 +71,8 @@ MAY_IMPORT = {
         "workflow",
     },
     "cli": {
-        "archive", "config", "demo", "errors", "index", "indexer", "model", "rules", "rules_cli", "service", "steps",
-        "volumes", "workflow",
+        "archive", "config", "demo", "errors", "importing", "index", "indexer", "model", "rules", "rules_cli",
+        "service", "steps", "volumes", "workflow",
     },
     "__main__": {"cli"},
     "__init__": set(),
@@ -76,6 +80,9 @@ MAY_IMPORT = {
 
 OWNERS = {
     "sqlalchemy": {"dicomnode.index.tables", "dicomnode.index", "dicomnode.migrations", "dicomnode.workflow"},
+    "fastapi": {"dicomnode.web"},
+    "uvicorn": {"dicomnode.web"},
+    "python_multipart": {"dicomnode.stow"},
     "alembic": {"dicomnode.index"},
     "dbos": {"dicomnode.workflow"},
     "pynetdicom": {"dicomnode.commitment", "dicomnode.delivery", "dicomnode.pacs_sources", "dicomnode.demo"},
