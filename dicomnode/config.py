@@ -30,7 +30,7 @@ PRESET_PARAMETERS = {
 }
 """What of a preset a rule may set: lowest, highest, whole numbers only. A test compares it with the engine."""
 
-RESERVED = ("web", "storage", "retention", "notify", "audit")
+RESERVED = ("storage", "retention", "notify", "audit")
 """Sections of later versions: accepted, warned about, without effect."""
 
 
@@ -255,6 +255,13 @@ class TlsSection(Section):
     )
 
 
+class WebSection(Section):
+    """The HTTP server, for DICOMweb (STOW-RS); encrypted where `tls` stands."""
+
+    host: Host = Field(default="127.0.0.1", description="Address to listen on.")
+    port: Port = Field(default=8080, description="Port to listen on.")
+
+
 class LogSection(Section):
     """What is logged."""
 
@@ -281,7 +288,7 @@ class Config(Section):
     limits: LimitsSection = LimitsSection()
     log: LogSection = LogSection()
     tls: TlsSection | None = Field(default=None, description="Left out: nothing is encrypted.")
-    web: Reserved = None
+    web: WebSection | None = Field(default=None, description="Left out: no HTTP.")
     storage: Reserved = None
     retention: Reserved = None
     notify: Reserved = None

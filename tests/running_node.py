@@ -89,9 +89,10 @@ class RunningNode:
             {"name": name, "ae_title": ae_title, "host": "127.0.0.1", "port": port}
             for name, ae_title, port in destinations
         ]
-        node = {"host": "127.0.0.1", "port": self.port, "data_dir": "data", "quiet_period_s": quiet_period_s}
+        node = {"host": "127.0.0.1", "port": self.port, "data_dir": "data"}
+        waits = {"quiet_period_s": quiet_period_s, "incomplete_wait_s": quiet_period_s}
         text = {
-            "node": node,
+            "node": {**node, **waits},
             "database": {"url": database_url},
             "access": {"mode": "any"},
             "destinations": peers,

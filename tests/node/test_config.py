@@ -297,7 +297,8 @@ def test_the_schema_names_every_section_and_describes_every_key() -> None:
     schema = json.loads(json.dumps(config.schema()))
 
     assert set(schema["properties"]) == {
-        *("node", "database", "destinations", "worker", "rules", "access", "peers", "sources", "tls", "limits", "log"),
+        *("node", "database", "destinations", "worker", "rules", "access", "peers", "sources", "tls", "limits", "web"),
+        "log",
         *RESERVED,
     }
     assert schema["additionalProperties"] is False

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from phantoms import make_pair, make_series
+from phantoms import make_pair, make_series, write_series
 from receiving_scp import ReceivingSCP
 from running_node import RunningNode, free_port, wait_for
 
@@ -98,14 +98,18 @@ def test_a_port_that_is_taken_is_named_and_nothing_is_left_running(tmp_path: Pat
     assert "Traceback" not in done.stderr
 
 
-def test_every_series_ends_with_its_reason(tmp_path: Path) -> None:
+def test_every_series_sent_or_imported_ends_with_its_reason(tmp_path: Path) -> None:
     native, arterial = make_pair()
     gap = [each for k, each in enumerate(make_series(phase="portal", seed=5)) if k != 7]
     node = RunningNode(tmp_path, quiet_period_s=0.5)
     try:
         node.start()
-        for series in (native, gap):
-            assert node.send(series) == []
+        assert node.send(native) == []
+        write_series(gap, tmp_path / "gap")
+        (tmp_path / "gap" / "notes.txt").write_text("no image")
+        done = node.command("import", str(tmp_path / "gap"))
+        assert (done.returncode, done.stdout) == (1, f"imported {len(gap)} instances, 1 files not imported\n")
+        assert "notes.txt: not imported: no DICM at byte 128" in done.stderr
 
         def reasons() -> dict[str, tuple[str, str]] | None:
             rows = {row["series_instance_uid"]: row for row in node.status()["series"]}
