@@ -74,7 +74,7 @@ class Scheduler:
         self._fetching: dict[Patient, set[str]] = {}
         self._prefetched: dict[str, None] = {}
         self._enqueue = enqueue
-        self._waiting: dict[str, tuple[SeriesActivity, datetime]] = {}
+        self._waiting: dict[str, tuple[tuple[int, datetime], datetime]] = {}
         self._noted: dict[str, str] = {}
         since = datetime.now(UTC) - LOOK_BACK
         self._look_at: dict[Patient, datetime | None] = dict.fromkeys(index.patients_to_pair(since=since))
@@ -197,10 +197,10 @@ class Scheduler:
     def _is_due(self, activity: SeriesActivity, now: datetime) -> bool:
         """False while nothing has changed since it was last looked at and its wait lasts."""
         seen, until = self._waiting.get(activity.series_instance_uid, (None, now))
-        return seen != activity or now >= until
+        return seen != (activity.instances, activity.last_received_at) or now >= until
 
     def _wait(self, activity: SeriesActivity, until: datetime, why: str) -> None:
-        self._waiting[activity.series_instance_uid] = activity, until
+        self._waiting[activity.series_instance_uid] = (activity.instances, activity.last_received_at), until
         self._note(activity, f"waiting until {until:%Y-%m-%d %H:%M:%S} UTC: {why}")
 
     def _note(self, activity: SeriesActivity, note: str) -> None:

@@ -18,18 +18,16 @@ class Late(Database):
 
     def late_series(self) -> dict[str, int]:
         """How many instances came to each paired series after it was complete, by Series Instance UID."""
+        came_late = sa.and_(instance.c.series_id == series.c.id, instance.c.received_at > series.c.complete_at)
         query = (
             sa.select(series.c.series_instance_uid, sa.func.count(instance.c.id))
-            .join(instance, instance.c.series_id == series.c.id)
-            .where(
-                series.c.state == SeriesState.PAIRED,
-                series.c.last_received_at > series.c.complete_at,
-                instance.c.received_at > series.c.complete_at,
-            )
+            .outerjoin(instance, came_late)
+            .where(series.c.state == SeriesState.PAIRED, series.c.last_received_at > series.c.complete_at)
             .group_by(series.c.id)
         )
         with self._reading() as connection:
-            return {row[0]: row[1] for row in connection.execute(query)}
+            # one that was received before and indexed after is late too
+            return {row[0]: max(row[1], 1) for row in connection.execute(query)}
 
     def note_series(self, series_instance_uid: str, note: str) -> None:
         """Write down what is remarkable of a series, for `status`."""
