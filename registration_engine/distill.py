@@ -10,9 +10,10 @@ from registration_engine.checkpoint import network_of
 from registration_engine.errors import InvalidRequestError
 from registration_engine.objectives import multi_axis_mutual_information, smoothness
 from registration_engine.synth import SyntheticPair
-from registration_engine.train import Progress, Terms, run, truth_term, warped_moving
+from registration_engine.train import Progress, Terms, run, truth_term
 from registration_engine.training_config import TrainingConfig
 from registration_engine.unet import UNet
+from registration_engine.validation import warped_moving
 
 
 def distill(

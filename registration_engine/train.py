@@ -1,6 +1,7 @@
 """Teach a network on synthetic pairs: the paper's stage 1, and the loop that stage 2 (`distill`) shares.
 
-A run lives in one folder: `state.safetensors` (weights, optimiser, step), `log.csv`, `validation.csv`. It can be killed
+A run lives in one folder: `state.safetensors` (weights, optimiser, step), `log.csv`, `validation.csv`,
+`validation-real.csv`. It can be killed
 at any moment and started again by the same command: pair n is a function of the seed and n, so the resumed run is the
 uninterrupted one, bit for bit on a CPU.
 """
@@ -18,13 +19,12 @@ from torch import Tensor
 from registration_engine.checkpoint import TrainingState, restore_state, save_state
 from registration_engine.errors import DivergedError
 from registration_engine.objectives import multi_axis_mutual_information, smoothness
-from registration_engine.spaces import sample_where_valid
-from registration_engine.synth import SyntheticPair, synthetic_pair, unit_lattice
+from registration_engine.synth import SyntheticPair, synthetic_pair
 from registration_engine.training_config import TrainingConfig
 from registration_engine.training_log import TrainingLog
 from registration_engine.unet import ARCHITECTURES, UNet
+from registration_engine.validation import on_real_pairs, on_synthetic_pairs, real_pairs, warped_moving
 
-_HELD_OUT = 2**31  # added to the seed: validation pairs that training never draws
 STATE = "state.safetensors"
 
 Terms = Mapping[str, Tensor]
@@ -80,14 +80,6 @@ def train(
     return run(config, objective, device=device, time_limit_s=time_limit_s, report=report)
 
 
-def warped_moving(pair: SyntheticPair, displacement: Tensor) -> tuple[Tensor, Tensor]:
-    """The moving image at the displaced points (Z, Y, X), and the weight: 1 where both images have data."""
-    layers = torch.stack([pair.moving, pair.moving_valid])
-    lattice = unit_lattice(pair.shape, displacement.device)
-    warped, valid = sample_where_valid(layers, lattice.displaced(displacement))
-    return warped, pair.fixed_valid * valid
-
-
 def truth_term(config: TrainingConfig, displacement: Tensor, pair: SyntheticPair) -> Terms:
     """The squared distance to the known displacement over the body; not in the paper, off unless asked for."""
     if not config.lambda_truth:
@@ -109,6 +101,7 @@ def run(
     config.out.mkdir(parents=True, exist_ok=True)
     model, optimizer, state = _restored(config, device)
     report(f"{config.model}: step {state.step} of {config.steps}, {config.shape} voxels, {device}")
+    real = real_pairs(config, device, report)
     step, elapsed, pair = state.step, 0.0, None
     with TrainingLog(config.out, resumed_at=state.step, tensorboard=config.tensorboard) as log:
         while step < config.steps and (time_limit_s is None or elapsed < time_limit_s):
@@ -120,7 +113,9 @@ def run(
             log.write("log", step, {"seconds": state.seconds + elapsed, "loss": sum(terms.values()), **terms})
             is_last = step == config.steps or (time_limit_s is not None and elapsed >= time_limit_s)
             if step % config.validate_every == 0 or step == config.steps:
-                log.write("validation", step, validated(model, config, device))
+                log.write("validation", step, on_synthetic_pairs(model, config, device))
+                if real:
+                    log.write("validation-real", step, on_real_pairs(model, real))
             if step % config.checkpoint_every == 0 or is_last:
                 log.flush()
                 save_state(config.out / STATE, config, model, optimizer, TrainingState(step, state.seconds + elapsed))
@@ -128,24 +123,6 @@ def run(
                 left = (config.steps - step) * elapsed / (step - state.step)
                 report(f"step {step} of {config.steps}, loss {sum(terms.values()):.4f}, {_clock(left)} left")
     return Progress(step, config.steps, config.out / STATE)
-
-
-def validated(model: UNet, config: TrainingConfig, device: torch.device) -> dict[str, float]:
-    """Means over held-out synthetic pairs, before and after: error in voxels (median over the body), similarity."""
-    sums: dict[str, float] = dict.fromkeys(
-        ("error_before", "error_after", "similarity_before", "similarity_after"), 0.0
-    )
-    for index in range(config.validation_pairs):
-        pair = synthetic_pair(config.seed + _HELD_OUT, index, config.shape, device)
-        with torch.no_grad():
-            predicted = model(pair.input)[0]
-            inside = pair.body > 0
-            for when, displacement in (("before", torch.zeros_like(predicted)), ("after", predicted)):
-                error = (displacement - pair.displacement).square().sum(0).sqrt()[inside]
-                warped, weight = warped_moving(pair, displacement)
-                sums[f"error_{when}"] += float(error.median())
-                sums[f"similarity_{when}"] -= float(multi_axis_mutual_information(pair.fixed, warped, weight))
-    return {name: total / config.validation_pairs for name, total in sums.items()}
 
 
 def _restored(config: TrainingConfig, device: torch.device) -> tuple[UNet, torch.optim.Adam, TrainingState]:

@@ -37,6 +37,8 @@ class TrainingConfig:
         Weight of the squared distance to the known displacement; the paper has no such term.
     bf16
         Run the network in bfloat16 on a GPU.
+    data, real_pairs
+        A folder, and [fixed, moving] image files in it to validate on; those that are not there are left out.
     tensorboard
         Also write TensorBoard events; needs the extra `training`.
     """
@@ -56,6 +58,8 @@ class TrainingConfig:
     lambda_truth: float = 0.0
     bf16: bool = True
     validation_pairs: int = 16
+    data: str = ""
+    real_pairs: tuple[tuple[str, str], ...] = ()
     report_every: int = 50
     checkpoint_every: int = 100
     validate_every: int = 2500
@@ -68,20 +72,18 @@ class TrainingConfig:
 
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same one: all but the folder, the length and what is only reported."""
-        free = {
-            "out",
-            "epochs",
-            "report_every",
-            "checkpoint_every",
-            "validate_every",
-            "validation_pairs",
-            "tensorboard",
-        }
+        free = {"out", "epochs", "report_every", "checkpoint_every", "validate_every", "validation_pairs"}
+        free |= {"data", "real_pairs", "tensorboard"}
         return {name: value for name, value in self.as_dict().items() if name not in free}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {**vars(self), "out": str(self.out), "shape": list(self.shape)}
+        return {
+            **vars(self),
+            "out": str(self.out),
+            "shape": list(self.shape),
+            "real_pairs": [*map(list, self.real_pairs)],
+        }
 
 
 def read_config(path: Path) -> TrainingConfig:
@@ -111,6 +113,7 @@ def read_config(path: Path) -> TrainingConfig:
     values["out"] = Path(values["out"])
     if "shape" in values:
         values["shape"] = tuple(values["shape"])
+    values["real_pairs"] = tuple((fixed, moving) for fixed, moving in values.get("real_pairs", []))
     return TrainingConfig(**values)
 
 
@@ -121,6 +124,8 @@ def _complaint(key: str, value: object, kind: Any) -> str | None:
     if key == "shape":
         fits = isinstance(value, list) and len(value) == 3 and all(_is_multiple(n) for n in value)
         return None if fits else f"three multiples of {MULTIPLE}, [Z, Y, X]"
+    if key == "real_pairs":
+        return None if isinstance(value, list) and all(map(_is_pair, value)) else "a list of [fixed, moving] file names"
     if kind == "bool":
         return None if isinstance(value, bool) else "true or false"
     if kind == "int":
@@ -131,6 +136,10 @@ def _complaint(key: str, value: object, kind: Any) -> str | None:
         fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
         return None if fits else "a number of 0 or more"
     return None if isinstance(value, str) and value else "text"
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(name, str) for name in value)
 
 
 def _is_multiple(value: object) -> bool:

@@ -11,12 +11,14 @@ from typing import Any
 
 from registration_engine.errors import InvalidRequestError
 
+_NAMES = ("log", "validation", "validation-real")
+
 
 class TrainingLog:
-    """`log.csv` with a row per step and `validation.csv`; rows beyond the resumed step are dropped first."""
+    """`log.csv`, `validation.csv`, `validation-real.csv`; rows beyond the resumed step are dropped first."""
 
     def __init__(self, folder: Path, *, resumed_at: int, tensorboard: bool) -> None:
-        self._files = {name: _continued(folder / f"{name}.csv", resumed_at) for name in ("log", "validation")}
+        self._files = {name: _continued(folder / f"{name}.csv", resumed_at) for name in _NAMES}
         self._events = _events(folder / "tensorboard", resumed_at) if tensorboard else None
 
     def __enter__(self) -> TrainingLog:
@@ -31,7 +33,7 @@ class TrainingLog:
             self._events.close()
 
     def write(self, name: str, step: int, values: Mapping[str, float]) -> None:
-        """One row of "log" or "validation"."""
+        """One row of `log`, `validation` or `validation-real`."""
         file = self._files[name]
         row = {"step": step, **{key: f"{value:.6g}" for key, value in values.items()}}
         writer = csv.DictWriter(file, list(row), lineterminator="\n")

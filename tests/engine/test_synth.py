@@ -2,7 +2,7 @@ import torch
 
 from registration_engine.objectives import multi_axis_mutual_information
 from registration_engine.synth import synthetic_pair, unit_lattice
-from registration_engine.train import warped_moving
+from registration_engine.validation import warped_moving
 
 CPU = torch.device("cpu")
 SHAPE = (32, 32, 48)

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine import bodies
 from safetensors.torch import load_file
 
-from registration_engine import checkpoint
+from registration_engine import PRESETS, checkpoint
 from registration_engine.checkpoint import network_of
 from registration_engine.cli import main
 from registration_engine.distill import distill
 from registration_engine.errors import InvalidRequestError
+from registration_engine.files import write_volume
 from registration_engine.train import train
 from registration_engine.training_config import TrainingConfig, read_config
 
@@ -84,17 +86,30 @@ def test_a_run_killed_and_resumed_is_the_uninterrupted_run(tmp_path: Path, train
     assert rows(whole.out / "validation.csv") == rows(pieces.out / "validation.csv")
 
 
-def test_training_on_one_pair_again_and_again_finds_its_displacement(tmp_path: Path, monkeypatch) -> None:
-    from registration_engine import train as room
+def test_training_on_one_pair_again_and_again_finds_its_displacement(tmp_path: Path) -> None:
+    weights = {"lambda_truth": 0.1, "lambda_smooth": 0.1, "seed": 4}
+    run(train, config(tmp_path, epochs=1, pairs_per_epoch=1, steps_per_pair=30, validate_every=30, **weights))
 
-    pair = room.synthetic_pair(4, 2, (16, 16, 16), CPU)
-    monkeypatch.setattr(room, "synthetic_pair", lambda *_: pair)
+    log = rows(tmp_path / "log.csv")
+    assert len(log) == 30
+    assert min(float(row["truth"]) for row in log) < 0.7 * float(log[0]["truth"])
+    assert float(log[-1]["loss"]) < float(log[0]["loss"])
 
-    run(train, config(tmp_path, epochs=7, lambda_truth=0.1, lambda_smooth=0.1, validate_every=21, validation_pairs=1))
 
-    (validation,) = rows(tmp_path / "validation.csv")
-    assert float(validation["error_after"]) < 0.8 * float(validation["error_before"])
-    assert float(validation["similarity_after"]) > float(validation["similarity_before"])
+def test_real_pairs_are_validated_on_where_they_are_there(tmp_path: Path) -> None:
+    on = bodies.grid((24, 24, 24), (5.0, 5.0, 5.0))
+    for name, amplitude in (("fixed", 0.0), ("moving", 10.0)):
+        write_volume(tmp_path / f"{name}.nii.gz", bodies.volume(on, through=bodies.breathing(amplitude)))
+    pairs = (("fixed.nii.gz", "moving.nii.gz"), ("fixed.nii.gz", "lost.nii.gz"))
+    told: list[str] = []
+    settings = config(tmp_path / "run", data=str(tmp_path), real_pairs=pairs, epochs=1, pairs_per_epoch=1)
+
+    train(settings, device=CPU, report=told.append)
+
+    (row,) = rows(tmp_path / "run" / "validation-real.csv")
+    assert float(row["similarity_before"]) > 0
+    assert float(row["similarity_after"]) > 0
+    assert sum("lost.nii.gz is not there" in line for line in told) == 1
 
 
 def test_a_folder_of_another_run_is_refused_and_kept(tmp_path: Path) -> None:
@@ -130,6 +145,7 @@ def test_a_teacher_is_a_frozen_network(tmp_path: Path) -> None:
         ("shape = [32, 32, 30]", r"key 'shape': got \[32, 32, 30\], expected three multiples of 16"),
         ("bf16 = 1", "key 'bf16': got 1, expected true or false"),
         ("lamda_sim = 1.0", "unknown key 'lamda_sim', expected one of model, out"),
+        ('real_pairs = [["a.nii"]]', r"key 'real_pairs': got \[\['a.nii'\]\], expected a list of \[fixed, moving\]"),
         ("seed = [", "no valid TOML"),
     ],
 )
@@ -214,3 +230,16 @@ def test_published_weights_are_what_load_model_loads(tmp_path: Path, monkeypatch
         checkpoint.load_model("student")
     with pytest.raises(InvalidRequestError, match="got 'teacher', expected one of student"):
         checkpoint.load_model("teacher")
+
+
+def test_the_shipped_weights_are_whole_small_and_described() -> None:
+    rows = checkpoint.models()
+
+    assert [row.name for row in rows] == ["student", "teacher"]
+    assert sum((checkpoint.WEIGHTS / row.file).stat().st_size for row in rows) < 4_000_000
+    card = (checkpoint.WEIGHTS / "MODEL_CARD.md").read_text()
+    for row in rows:
+        assert checkpoint.load_model(row.name).sha256 == row.sha256
+        assert row.sha256 in card
+        assert re.search(rf"\b{row.steps} steps?\b", card)
+        assert PRESETS[f"paper-{row.name}"].model == row.name
