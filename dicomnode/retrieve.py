@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 MAX_ATTEMPTS = 8
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 900.0
 _POLL_S = 1.0
+_INDEXED_WITHIN_S = 20.0
 
 
 class PriorService:
@@ -120,8 +122,13 @@ class PriorService:
         return f"{len(found)} series found, {len(wanted)} fetched, {len(found) - len(missing)} were here{beyond}"
 
     def _check(self, fetch: PriorFetch, wanted: Sequence[RemoteSeries]) -> None:
-        """Everything asked for came, and of whom it was asked for."""
-        held = self._index.held_instances([each.series_instance_uid for each in wanted])
+        """Everything asked for came, and of whom it was asked for. What was received is indexed a little later."""
+        uids = [each.series_instance_uid for each in wanted]
+        expected, until = sum(each.instances for each in wanted), time.monotonic() + _INDEXED_WITHIN_S
+        held = self._index.held_instances(uids)
+        while sum(count for _, count in held.values()) < expected and time.monotonic() < until:
+            self._stopping.wait(0.2)
+            held = self._index.held_instances(uids)
         for each in wanted:
             person, count = held.get(each.series_instance_uid, (fetch.patient, 0))
             if person != fetch.patient:

@@ -258,7 +258,8 @@ class Receiving(Database):
 
 def _is_asked_for(connection: sa.Connection, series_instance_uid: str, association_id: int) -> bool:
     """Whether a request for this series is in hand, and this association is the asked source's."""
-    requests = connection.scalars(sa.select(prior_fetch.c.found).where(prior_fetch.c.state == "fetching")).all()
+    # What comes after an attempt was given up was asked for too; once all has come, the source may send what it likes.
+    requests = connection.scalars(sa.select(prior_fetch.c.found).where(prior_fetch.c.state != "done")).all()
     asked = {request["ae_title"] for request in requests if series_instance_uid in request.get("series", ())}
     if not asked:
         return False

@@ -1,0 +1,159 @@
+"""Priors without a node around them: what is marked, what becomes current, what a source may answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import orthanc
+import phantoms
+import pytest
+from held import Held
+from orthanc import DICOMWEB, Orthanc
+from running_node import free_port
+
+from dicomnode.errors import RemoteError
+from dicomnode.model import Source
+from dicomnode.pacs_sources import multipart
+from dicomnode.retrieve import MAX_ATTEMPTS, PriorService
+
+SMALL: dict[str, Any] = {"shape": (8, 8, 8), "spacing_mm": (5.0, 4.0, 4.0)}
+RULES = """
+version: 1
+rules:
+  - id: to-prior
+    when: {Modality: MR}
+    roles: {fixed: {from: prior, match: {contrast: false}}, moving: {match: {Modality: MR}}}
+  - id: pre-post
+    when: {Modality: CT}
+    roles: {fixed: {match: {contrast: false}}, moving: {match: {contrast: true}}}
+"""
+needs_orthanc = pytest.mark.skipif(
+    orthanc.EXECUTABLE is None, reason="Orthanc is not installed (Debian package orthanc)"
+)
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Held:
+    made = Held(tmp_path / "node")
+    made.put_rules(RULES)
+    return made
+
+
+def old_ct(phase: str = "native", *, patient_id: str = "P", day: str = "20260101") -> list[Any]:
+    return phantoms.make_series(phase=phase, study="old", patient_id=patient_id, header={"StudyDate": day}, **SMALL)
+
+
+def new_mr() -> list[Any]:
+    return phantoms.make_series(modality="MR", study="new", patient_id="P", header={"StudyDate": "20260301"}, **SMALL)
+
+
+def ask(held: Held, source: Source, study: str) -> PriorService:
+    request = {
+        "study_date": date(2026, 3, 1).isoformat(), "max_age_days": 180, "max_studies": 3, "modalities": ["CT"],
+        "description": "", "urgent": False,
+    }  # fmt: skip
+    held.index.request_priors(("P", ""), study, "to-prior", [source.name], request, now=datetime.now(UTC))
+    return PriorService([source], held.index, held.archive, ae_title="DICOMNODE")
+
+
+@pytest.fixture
+def pacs(tmp_path: Path) -> Iterator[Orthanc]:
+    running = Orthanc(tmp_path / "pacs")
+    yield running
+    running.stop()
+
+
+@needs_orthanc
+@pytest.mark.parametrize("fetch", ["c-get", "dicomweb"])
+def test_what_was_fetched_starts_nothing_and_becomes_current_once_when_a_scanner_sends_it(
+    held: Held, pacs: Orthanc, tmp_path: Path, fetch: str
+) -> None:
+    if fetch == "dicomweb" and not DICOMWEB.exists():
+        pytest.skip("Orthanc's DICOMweb plugin is not installed (Debian package orthanc-dicomweb)")
+    native, portal, current = old_ct(), old_ct("portal"), new_mr()
+    for path in phantoms.write_series([*native, *portal], tmp_path / "images"):
+        pacs.upload(path)
+    held.receive(current)
+    source = Source(
+        "pacs", "ORTHANC", "127.0.0.1", pacs.port, fetch, url=f"http://127.0.0.1:{pacs.http_port}/dicom-web"
+    )
+    service = ask(held, source, str(current[0].StudyInstanceUID))
+
+    service.fetch_due(datetime.now(UTC))
+    held.tick()
+    by_prior = [job["rule_id"] for job in held.index.status()["jobs"]]
+    again = service.fetch_due(datetime.now(UTC) + timedelta(days=1))
+    for _ in range(2):
+        held.receive([*native, *portal])
+        held.tick()
+
+    assert held.index.status()["priors"][0]["state"] == "done"
+    assert again == 0
+    assert by_prior == ["to-prior"]
+    assert sorted(job["rule_id"] for job in held.index.status()["jobs"]) == ["pre-post", "to-prior"]
+
+
+@needs_orthanc
+def test_what_is_here_is_not_fetched_and_more_than_allowed_neither(held: Held, pacs: Orthanc, tmp_path: Path) -> None:
+    native, portal, current = old_ct(), old_ct("portal"), new_mr()
+    for path in phantoms.write_series([*native, *portal], tmp_path / "images"):
+        pacs.upload(path)
+    held.receive([*current, *native])
+    source = Source("pacs", "ORTHANC", "127.0.0.1", pacs.port, "c-get", max_instances=7)
+
+    ask(held, source, str(current[0].StudyInstanceUID)).fetch_due(datetime.now(UTC))
+
+    (row,) = held.index.status()["priors"]
+    assert row["reason"] == "2 series found, 0 fetched, 1 were here, 1 left: more than max_instances"
+
+
+def test_a_source_that_is_away_is_tried_again_with_growing_pauses_and_given_up(held: Held) -> None:
+    current = new_mr()
+    held.receive(current)
+    source = Source("pacs", "ORTHANC", "127.0.0.1", free_port(), "c-get", timeout_s=1)
+    service = ask(held, source, str(current[0].StudyInstanceUID))
+    now, attempts = datetime.now(UTC), 0
+
+    while service.fetch_due(now):
+        attempts += 1
+        now += timedelta(hours=1)
+
+    (row,) = held.index.status()["priors"]
+    assert (attempts, row["state"], row["attempts"]) == (MAX_ATTEMPTS, "failed", MAX_ATTEMPTS)
+    assert "no association" in row["reason"]
+
+
+def test_a_source_is_left_alone_outside_its_hours(held: Held) -> None:
+    current = new_mr()
+    held.receive(current)
+    later = datetime.now(UTC) + timedelta(hours=3)
+    source = Source("pacs", "ORTHANC", "127.0.0.1", free_port(), "c-get", hours=lambda _now: later)
+    service = ask(held, source, str(current[0].StudyInstanceUID))
+
+    assert service.fetch_due(datetime.now(UTC)) == 1
+    assert service.fetch_due(datetime.now(UTC)) == 0
+    (row,) = held.index.status()["priors"]
+    assert (row["state"], row["attempts"], row["reason"]) == ("waiting", 0, "waits for the hours of pacs")
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("application/dicom", b"x"),
+        ("multipart/related; boundary=b", b""),
+        ("multipart/related; boundary=b", b"--b\r\n\r\nhalf"),
+        ("multipart/related", b"--b\r\n\r\nx\r\n--b--"),
+    ],
+)
+def test_an_answer_that_is_no_whole_multipart_body_is_trouble(kind: str, body: bytes) -> None:
+    with pytest.raises(RemoteError):
+        multipart(kind, body)
+
+
+def test_the_parts_of_a_multipart_body_come_byte_for_byte() -> None:
+    body = b"--b\r\nContent-Type: application/dicom\r\n\r\n\x00\r\n--x\r\n--b\r\n\r\n\xff\r\n\r\n--b--\r\n"
+
+    assert multipart('multipart/related; type="application/dicom"; boundary="b"', body) == [b"\x00\r\n--x", b"\xff\r\n"]
