@@ -4,7 +4,8 @@
       → sealed          intake        content, name and journal record durable with one fsync (archive, spool); only
                                       now the answer 0x0000
       → indexed         indexer       a process of its own: header read, file moved, commit; or quarantine, and why
-    series complete     completion    pure: open associations, quiet period
+    series complete     completion    pure: open associations, quiet period, promised counts, gaps
+                        counts        how many instances PACS sources hold of it, asked in a thread
       → volumes         volumes       pure: one series → its regular volumes, or the measured reason why there are none;
                         phases        pure: what tells the volumes of one series apart, and their order
       → pairs           pairing       pure: rules + complete volumes → pairs, and for the rest the reason

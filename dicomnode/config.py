@@ -178,6 +178,9 @@ class SourceSection(Section):
     hours: Schedule | None = Field(default=None, description="When it may be asked, but for urgent rules.")
     max_instances: int = Field(default=5000, strict=True, ge=1, description="That one request may bring here.")
     timeout_s: float = Field(default=60.0, strict=True, gt=0, description="Without an answer for this long: lost.")
+    counts: bool = Field(
+        default=False, strict=True, description="Ask it how many instances a series has, and wait for those missing."
+    )
 
     @model_validator(mode="after")
     def _reachable(self) -> SourceSection:
@@ -341,6 +344,7 @@ class Config(Section):
                 None if s.hours is None else s.hours.next_start,
                 s.max_instances,
                 s.timeout_s,
+                s.counts,
             )
             for s in self.source_sections
         )

@@ -309,6 +309,8 @@ class Source:
         Local time → when a request may begin; None: always.
     max_instances
         That one request may bring here.
+    counts
+        Whether it is asked how many instances a series has that was sent here.
     """
 
     name: str
@@ -320,6 +322,7 @@ class Source:
     hours: Callable[[datetime], datetime] | None = None
     max_instances: int = 5000
     timeout_s: float = 60.0
+    counts: bool = False
 
 
 @dataclass(frozen=True)

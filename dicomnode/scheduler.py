@@ -6,7 +6,7 @@ Law: nothing is decided here; a tick that is cut off anywhere can be run again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
@@ -15,7 +15,7 @@ from dicomnode.archive import Archive
 from dicomnode.derived import Subject, study_date
 from dicomnode.errors import ConfigError, IncompleteSeriesError, LocalError, StudyError, stack
 from dicomnode.index import NOT_LOOKED_AT, Enqueue, Index
-from dicomnode.model import SeriesActivity, SeriesState, Source, VolumeRef
+from dicomnode.model import Promise, SeriesActivity, SeriesState, Source, VolumeRef
 from dicomnode.rules import Rule, RuleSet
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,8 @@ class Scheduler:
         How long a series that lacks something is waited for.
     late_instances
         rerun, append or ignore: what instances do that come after their series was paired.
+    counts
+        What PACS sources hold of a series; None while that is not known.
     enqueue
         Puts a job on the durable queue within the index's transaction.
     """
@@ -61,6 +63,7 @@ class Scheduler:
         incomplete_wait_s: float = 300.0,
         late_instances: str = "rerun",
         sources: Sequence[Source] = (),
+        counts: Callable[[SeriesActivity, datetime], list[Promise] | None] = lambda _activity, _now: [],
         enqueue: Enqueue,
     ) -> None:
         self._index = index
@@ -71,6 +74,7 @@ class Scheduler:
         self._incomplete_wait_s = incomplete_wait_s
         self._late_instances = late_instances
         self._sources = sources
+        self._counts = counts
         self._fetching: dict[Patient, set[str]] = {}
         self._prefetched: dict[str, None] = {}
         self._enqueue = enqueue
@@ -216,11 +220,15 @@ class Scheduler:
         if self._index.is_own_output(uid):
             self._close(activity, SeriesState.UNPAIRED, "the node's own output: never registered again")
             return True
-        described, problem, promised = volumes.Description(()), "", []
+        held = self._counts(activity, now)
+        if held is None:
+            self._waiting[uid] = (activity.instances, activity.last_received_at), now
+            return False
+        described, problem, promised = volumes.Description(()), "", held
         gap = ""
         try:
             datasets = volumes.read_headers([self._archive.path(each) for each in self._index.instances_of(uid)])
-            promised = volumes.promises(datasets)
+            promised = [*held, *volumes.promises(datasets)]
             described = volumes.describe(datasets, last_received_at=activity.last_received_at)
         except LocalError as error:
             self._wait(activity, now + UNREADABLE_PAUSE, str(error))

@@ -20,6 +20,7 @@ from dicomnode import rules, workflow
 from dicomnode.archive import Archive
 from dicomnode.commitment import CommitmentSCP
 from dicomnode.config import Config, TlsSection
+from dicomnode.counts import SeriesCounts
 from dicomnode.delivery import DeliveryService
 from dicomnode.errors import LocalError
 from dicomnode.index import Index
@@ -60,6 +61,7 @@ def serve(config: Config, config_path: Path | None, stop: threading.Event) -> No
         file = rules.load(config.rules_path)
         index.rule_set_version(file.text, file.sha256, written=file.written, now=now)
     queue = workflow.JobQueue(index.engine)
+    counts = SeriesCounts(config.sources, ae_title=config.node.ae_title)
     scheduler = Scheduler(
         index,
         archive,
@@ -67,6 +69,7 @@ def serve(config: Config, config_path: Path | None, stop: threading.Event) -> No
         incomplete_wait_s=config.node.incomplete_wait_s,
         late_instances=config.node.late_instances,
         sources=config.sources,
+        counts=counts.promises,
         enqueue=queue.enqueue,
     )
     children = [ChildProcess("indexer", config_path), ChildProcess("worker", config_path)]
@@ -102,6 +105,7 @@ def serve(config: Config, config_path: Path | None, stop: threading.Event) -> No
         for door in doors:
             door.stop()
         priors.stop()
+        counts.stop()
         commitment.stop()
         intake.stop()
         delivery.stop()

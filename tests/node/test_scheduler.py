@@ -10,10 +10,17 @@ from typing import Any
 import phantoms
 import pytest
 from pydicom import Dataset
+from pynetdicom import AE, evt
+from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made at import
+    StudyRootQueryRetrieveInformationModelFind,
+)
+from running_node import free_port, wait_for
 
 from dicomnode import rules, volumes
 from dicomnode.archive import Archive
+from dicomnode.counts import SeriesCounts
 from dicomnode.index import Index
+from dicomnode.model import Source
 from dicomnode.scheduler import Scheduler
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
@@ -236,3 +243,64 @@ def test_a_dynamic_series_is_complete_as_its_phases_and_a_missing_phase_is_promi
     described = node.index.volumes_of("PHANTOM", "")
     assert [(each.volume_number, each.phase_index, each.phases) for each in described] == [(n, n, 3) for n in range(3)]
     assert [len(node.index.members_of("1.2.3.4", n)) for n in range(3)] == [20, 20, 20]
+
+
+class AnsweringSCP:
+    """A PACS that holds `count` instances of one series."""
+
+    def __init__(self, series_instance_uid: str, count: int) -> None:
+        self.series_instance_uid, self.count, self.asked = series_instance_uid, count, 0
+        ae = AE("PACS")
+        ae.add_supported_context(StudyRootQueryRetrieveInformationModelFind)
+        handlers = [(evt.EVT_C_FIND, self._find)]
+        self.server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers)  # type: ignore[arg-type]
+        self.port = self.server.server_address[1]
+
+    def _find(self, event: evt.Event) -> Iterator[tuple[int, Dataset | None]]:
+        self.asked += 1
+        answer = Dataset()
+        answer.QueryRetrieveLevel = "SERIES"
+        answer.StudyInstanceUID = event.identifier.StudyInstanceUID
+        answer.SeriesInstanceUID = self.series_instance_uid
+        answer.NumberOfSeriesRelatedInstances = self.count
+        yield 0xFF00, answer
+
+
+def test_a_series_waits_for_what_the_pacs_holds_more(tmp_path: Path) -> None:
+    pre, _ = pre_and_post()
+    pacs = AnsweringSCP(str(pre[0].SeriesInstanceUID), 20)
+    source = Source("pacs", "PACS", "127.0.0.1", pacs.port, timeout_s=10, counts=True)
+    counts = SeriesCounts([source], ae_title="NODE")
+    node = Node(tmp_path, counts=counts.promises)
+    node.receive(pre[:15])  # the lower part: regular, and nothing in the headers says that there is more
+
+    node.after(31)
+    wait_for(lambda: node.after(0.01) or node.series()[0][2], timeout_s=30, what="the answer")
+    early = node.series()
+    node.receive(pre[15:])
+    node.after(31)
+    wait_for(lambda: node.after(0.01) or node.states() != ["receiving"], timeout_s=30, what="the second answer")
+
+    assert early[0][0] == "receiving"
+    assert "15 of 20 instances (NumberOfSeriesRelatedInstances at pacs)" in early[0][2]
+    assert node.series()[0][::2] == ("unpaired", "")
+    assert pacs.asked == 2
+    counts.stop()
+    pacs.server.shutdown()
+    node.index.close()
+
+
+def test_a_source_that_is_down_holds_nothing_up(tmp_path: Path) -> None:
+    source = Source("pacs", "PACS", "127.0.0.1", free_port(), timeout_s=5, counts=True)
+    counts = SeriesCounts([source], ae_title="NODE")
+    node = Node(tmp_path, counts=counts.promises)
+    node.receive(pre_and_post()[0])
+
+    node.after(31)
+    early = node.states()
+    wait_for(lambda: node.after(0.01) or node.states() != ["receiving"], timeout_s=30, what="the series to go on")
+
+    assert early == ["receiving"]
+    assert node.states() == ["unpaired"]
+    counts.stop()
+    node.index.close()
