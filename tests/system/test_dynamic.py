@@ -39,9 +39,9 @@ def dynamic() -> list[Any]:
     """One series; phase n lies shifted by a slow wave."""
     uid, found = phantoms.make_uid("dynamic"), []
     for n in range(PHASES):
-        shift = 6.0 * abs((n % 10) - 5) / 5 - 3.0
+        shift = 12.0 * abs((n % 10) - 5) / 5
         phase = phantoms.make_series(
-            modality="MR", shift_mm=(0.0, shift, 0.0), shape=(SLICES, 24, 24), spacing_mm=(20.0, 14.0, 14.0), seed=n
+            modality="MR", shift_mm=(0.0, shift, 0.0), shape=(SLICES, 32, 32), spacing_mm=(20.0, 11.0, 11.0), seed=0
         )
         for k, dataset in enumerate(phase):
             dataset.SeriesInstanceUID = uid
