@@ -28,8 +28,8 @@ def config(out: Path, **changes) -> TrainingConfig:
         "model": "student",
         "out": out,
         "shape": (16, 16, 16),
-        "epochs": 2,
-        "pairs_per_epoch": 3,
+        "epochs": 1,
+        "pairs_per_epoch": 5,
         "learning_rate": 1e-3,
         "checkpoint_every": 2,
         "steps_per_pair": 1,
@@ -82,17 +82,17 @@ def test_a_run_killed_and_resumed_is_the_uninterrupted_run(tmp_path: Path, train
     first, second = (load_file(c.out / "state.safetensors") for c in (whole, pieces))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert rows(whole.out / "log.csv") == rows(pieces.out / "log.csv")
-    assert [r["step"] for r in rows(pieces.out / "log.csv")] == list("123456")
+    assert [r["step"] for r in rows(pieces.out / "log.csv")] == list("12345")
     assert rows(whole.out / "validation.csv") == rows(pieces.out / "validation.csv")
 
 
 def test_training_on_one_pair_again_and_again_finds_its_displacement(tmp_path: Path) -> None:
     weights = {"lambda_truth": 0.1, "lambda_smooth": 0.1, "seed": 4}
-    run(train, config(tmp_path, epochs=1, pairs_per_epoch=1, steps_per_pair=30, validate_every=30, **weights))
+    run(train, config(tmp_path, epochs=1, pairs_per_epoch=1, steps_per_pair=20, **weights))
 
     log = rows(tmp_path / "log.csv")
-    assert len(log) == 30
-    assert min(float(row["truth"]) for row in log) < 0.7 * float(log[0]["truth"])
+    assert len(log) == 20
+    assert min(float(row["truth"]) for row in log) < 0.85 * float(log[0]["truth"])
     assert float(log[-1]["loss"]) < float(log[0]["loss"])
 
 
@@ -113,11 +113,11 @@ def test_real_pairs_are_validated_on_where_they_are_there(tmp_path: Path) -> Non
 
 
 def test_a_folder_of_another_run_is_refused_and_kept(tmp_path: Path) -> None:
-    run(train, config(tmp_path, epochs=1))
+    run(train, config(tmp_path, pairs_per_epoch=1))
     before = (tmp_path / "state.safetensors").read_bytes()
 
     with pytest.raises(InvalidRequestError, match=r"learning_rate = 0\.001, the configuration 0\.01"):
-        run(train, config(tmp_path, learning_rate=0.01))
+        run(train, config(tmp_path, pairs_per_epoch=1, learning_rate=0.01))
 
     assert (tmp_path / "state.safetensors").read_bytes() == before
 

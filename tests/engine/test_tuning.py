@@ -14,7 +14,7 @@ from registration_engine.unet import ARCHITECTURES, UNet
 
 CPU = torch.device("cpu")
 SMALL = {"shape": (30, 28, 26), "spacing": (4.0, 4.0, 4.5)}
-QUICK = replace(PRESETS["paper-student"], tuning=Tuning(learning_rate=5e-4, epochs=30, lambda_smooth=0.5))
+QUICK = replace(PRESETS["paper-student"], tuning=Tuning(learning_rate=5e-4, epochs=20, lambda_smooth=0.5))
 
 
 def model(seed: int = 0, flow: float | None = None) -> LoadedModel:
