@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 _LONGEST_UID = 255
 _FREE_SPACE_AGE_S = 0.2
-_ENROL_EVERY_S = 0.05
+_ENROL_EVERY_S = 0.5
 _RETRY_S = 2.0
 
 

@@ -91,6 +91,7 @@ def serve(config: Config, config_path: Path | None, stop: threading.Event) -> No
         commitment.start()
         for door in doors:
             door.start()
+        index.restart_quiet_periods(now=datetime.now(UTC))
         while not stop.wait(TICK_S):
             for child in children:
                 child.look_after()

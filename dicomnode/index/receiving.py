@@ -49,6 +49,13 @@ class Receiving(Database):
         with self._writing() as connection:
             connection.execute(association.update().where(association.c.closed_at.is_(None)).values(closed_at=now))
 
+    def restart_quiet_periods(self, *, now: datetime) -> None:
+        """At start: nobody could send while the node was down, so what was being received is waited for anew."""
+        with self._writing() as connection:
+            connection.execute(
+                series.update().where(series.c.state == SeriesState.RECEIVING).values(last_received_at=now)
+            )
+
     def add_instance(self, stored: Instance, header: InstanceHeader, *, association_id: int, now: datetime) -> Added:
         """Index one stored instance; its series is being received again unless it is paired.
 

@@ -129,6 +129,16 @@ def test_a_series_is_receiving_while_an_association_that_sent_it_is_open(index: 
     assert not index.activities()[0].receiving
 
 
+def test_a_start_begins_the_quiet_period_of_what_was_being_received_anew(index: Index) -> None:
+    receive(index, "1.2", "1.3")
+    (first, _) = index.activities()
+    index.complete_series(first, state=SeriesState.UNPAIRED, reason="")
+
+    index.restart_quiet_periods(now=NOW + timedelta(hours=1))
+
+    assert [each.last_received_at for each in index.activities()] == [NOW + timedelta(hours=1)]
+
+
 def test_a_series_that_grew_meanwhile_is_not_completed(index: Index) -> None:
     receive(index, "1.2")
     (seen,) = index.activities()
