@@ -36,6 +36,7 @@ bench-registration: $(VENV)/.installed
 # Full sizes: 20,000 mutants, 4 senders x 1,000 instances, 10,000 associations. About an hour.
 campaigns: $(VENV)/.tested
 	CAMPAIGNS=1 $(BIN)/pytest -p no:randomly tests/system/test_reception_campaigns.py
+	HOSTILE_MUTANTS=2000 $(BIN)/pytest --timeout 7200 tests/node/test_hostile_headers.py
 
 bench-receive: $(VENV)/.tested
 	$(BIN)/python benchmarks/receive.py
