@@ -65,10 +65,10 @@ class NetworkPair:
         fixed, counted = self.level.fixed.image[0], weight.float()
         similarity = multi_axis_mutual_information(fixed, warped, counted)
         similarity = similarity + normalized_cross_correlation(fixed, warped, counted)
-        # Few voxels are easily alike: what moves out of the field of view must not gain by it.
+        # Few voxels are easily alike: what moves out of the field of view counts as the worst there is, 1.
         overlap = counted.sum() / self.level.fixed.valid.sum().clamp(min=1)
         return (
-            tuning.lambda_sim * overlap * similarity
+            tuning.lambda_sim * (overlap * similarity + 1 - overlap)
             + tuning.lambda_smooth * smoothness(voxels, self.level.lattice.spacing_mm)
             + tuning.alpha_div * divergence(voxels)
         )

@@ -95,6 +95,17 @@ def test_what_lies_in_padding_or_outside_the_moving_image_counts_nothing(pair) -
     assert torch.equal(loss, replace(images, level=replace(images.level, fixed=spoilt)).loss(voxels, tuning))
 
 
+def test_moving_out_of_the_field_of_view_never_lowers_the_loss(pair) -> None:
+    opposite = Volume(1.5 - pair[0].voxels, pair[0].grid)  # correlation +1: less of it must not look better
+    tuning = Tuning(learning_rate=1e-3, lambda_smooth=0.0, alpha_div=0.0)
+    images = network_pair((pair[0], opposite))
+    voxels = torch.zeros_like(images.level.base)
+    losses = [float(images.loss(voxels + shift, tuning)) for shift in (0.0, 8.0, 12.0, 100.0)]
+
+    assert losses[0] < losses[1] < losses[2] < losses[3]
+    assert losses[3] == 1
+
+
 def test_padding_keeps_every_voxel_in_its_place(pair) -> None:
     image = prepared(pair[0], None, "An", CPU)
 
