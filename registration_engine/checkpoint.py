@@ -51,11 +51,16 @@ class ShippedModel:
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A network with the sha256 of the file its weights came from; read only: tuning works on a copy."""
+    """A network with the sha256 of the file its weights came from.
+
+    Read only, tuning works on a copy, unless `adapts`: then it is the caller's own, and what one pair has taught it
+    is where the next begins. For the phases of one series, never from patient to patient.
+    """
 
     name: str
     sha256: str
     network: UNet
+    adapts: bool = False
 
 
 def load_model(name: str, *, device: str | torch.device = "cpu") -> LoadedModel:

@@ -5,12 +5,14 @@ Volumes in, registrations out, one by one; free of files.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from registration_engine.checkpoint import LoadedModel, load_model
 from registration_engine.engine import register
 from registration_engine.errors import (
     ImplausibleResultError,
@@ -20,7 +22,7 @@ from registration_engine.errors import (
 )
 from registration_engine.evaluation import Mask
 from registration_engine.prepare import prepared
-from registration_engine.presets import Preset
+from registration_engine.presets import Preset, preset_named
 from registration_engine.resampling import warp
 from registration_engine.volume import DisplacementField, Grid, Registration, Volume
 
@@ -54,12 +56,14 @@ def register_4d(
     device: str = "auto",
     seed: int = 0,
     reference_mask: Volume | None = None,
+    model: LoadedModel | None = None,
     progress: PhaseProgress | None = None,
 ) -> Iterator[Phase]:
     """Register every phase of a series to a reference phase, from the reference outwards.
 
     Each phase starts from what its neighbour nearer to the reference found; the engine takes that start only where it
-    is better than none. Both sides of the reference are independent of each other: phases added at one end change
+    is better than none. A network that is tuned goes on from the weights it had learned there, and stops where it gains
+    nothing more. Both sides of the reference are independent of each other: phases added at one end change
     nothing at the other, and a series read backwards gives the same registrations. A phase that cannot be registered
     is told and left out; the next one starts from the last good neighbour.
 
@@ -71,6 +75,8 @@ def register_4d(
         "middle" (zero-based n // 2), "first", or a zero-based number.
     reference_mask
         On the reference's grid; only voxels above 0 count.
+    model
+        The network of a preset that has one; the shipped one by default. Copies are tuned.
     progress
         Called with the number of the phase, a stage as `register` names it, and the share of the stage that is done.
         An exception it raises ends the series.
@@ -94,7 +100,12 @@ def register_4d(
     # What is wrong with the reference is not told once per phase.
     prepared(fixed, reference_mask, "Reference", torch.device("cpu"))
 
-    def one(number: int, start: DisplacementField | None) -> Phase:
+    chosen = preset_named(preset) if isinstance(preset, str) else preset
+    if chosen.model is not None and model is None:
+        model = load_model(chosen.model)
+    later = chosen if chosen.tuning is None else replace(chosen, tuning=replace(chosen.tuning, stops_early=True))
+
+    def one(number: int, start: DisplacementField | None, network: LoadedModel | None) -> Phase:
         def told(stage: str, part: float) -> None:
             if progress is not None:
                 progress(number, stage, part)
@@ -103,11 +114,12 @@ def register_4d(
             found = register(
                 fixed,
                 phases[number],
-                preset=preset,
+                preset=chosen if start is None else later,
                 device=device,
                 seed=seed,
                 fixed_mask=reference_mask,
                 start=start,
+                model=network,
                 progress=told,
             )
         except (ImplausibleResultError, InvalidVolumeError, NoOverlapError) as error:
@@ -117,8 +129,9 @@ def register_4d(
     def outwards() -> Iterator[Phase]:
         for side in (range(middle + 1, len(phases)), range(middle - 1, -1, -1)):
             start: DisplacementField | None = None
+            own = None if model is None else replace(model, network=copy.deepcopy(model.network), adapts=True)
             for number in side:
-                phase = one(number, start)
+                phase = one(number, start, own)
                 if phase.registration is not None:
                     start = phase.registration.total_field()
                 yield phase

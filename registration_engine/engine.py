@@ -69,7 +69,7 @@ def register(
         network's prediction. Its rigid part is one more start of the linear stage; the whole becomes the start of the
         field only where it is more similar than none.
     model
-        The network of a preset that has one; the shipped one by default. It is read only: a copy is tuned.
+        The network of a preset that has one; the shipped one by default. A copy is tuned unless the model adapts.
     progress
         Called with a stage ("prepare", "linear", "field", "judge") and the share of it that is done, 0…1. An
         exception it raises ends the registration.
@@ -158,7 +158,7 @@ def _register(
                 starts.append(tuning.prediction(fixed, moving, linear, model.network))
             if model is not None and preset.tuning is not None:
                 small, grid = tuning.refine(
-                    fixed, moving, linear, preset, model.network, lambda part: progress("field", part)
+                    fixed, moving, linear, preset, model.network, lambda part: progress("field", part), model.adapts
                 )
             else:
                 small, grid = optimize.refine(
@@ -232,7 +232,7 @@ def _network(preset: Preset, given: LoadedModel | None, device: torch.device) ->
         return load_model(preset.model, device=device)
     if given.name != preset.model:
         raise InvalidRequestError(f"Model: got {given.name!r}, expected {preset.model!r} (preset {preset.name})")
-    return LoadedModel(given.name, given.sha256, given.network.to(device))
+    return LoadedModel(given.name, given.sha256, given.network.to(device), given.adapts)
 
 
 @contextmanager

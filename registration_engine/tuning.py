@@ -1,8 +1,9 @@
 """Test-time optimisation of a network's weights: the paper's stage 3.
 
 A copy of the weights is fitted to one pair; the caller's network is never touched, so nothing of one patient reaches
-the next. The network sees both images on one grid, the body of the fixed image padded to multiples of 16; padding,
-masks and what lies outside the moving image's field of view count nothing.
+the next, unless the caller lends a copy of its own to the phases of one series. The network sees both images on one
+grid, the body of the fixed image padded to multiples of 16; padding, masks and what lies outside the moving image's
+field of view count nothing.
 """
 
 from __future__ import annotations
@@ -81,20 +82,25 @@ def refine(
     preset: Preset,
     network: UNet,
     progress: Callable[[float], None],
+    adapts: bool = False,
 ) -> tuple[Tensor, Grid]:
     """Fit a copy of the network to this pair; the displacement of lowest loss, free of folds, and its grid.
 
     Parameters as in `optimize.refine`; the preset has a `tuning`. Stops after its epochs or seconds, whichever comes
-    first, so where the time runs out the result depends on the machine's load.
+    first, so where the time runs out the result depends on the machine's load. Where the network `adapts` it is tuned
+    itself and keeps the weights of lowest loss.
     """
     tuning = preset.tuning
     assert tuning is not None
     pair = NetworkPair.of(fixed, moving, moving_from_fixed, working_spacing(fixed, network))
     lowest, best = np.inf, torch.zeros_like(pair.level.base)
-    for part, loss, voxels in tuned(pair, network, tuning):
+    learned = copy.deepcopy(network.state_dict())
+    for part, loss, voxels in tuned(pair, network, tuning, adapts=adapts):
         if loss < lowest:
             lowest, best = loss, voxels
+            learned = copy.deepcopy(network.state_dict()) if adapts else learned
         progress(part)
+    network.load_state_dict(learned)
     found = unfolded(pair.displacement_mm(best), pair.level.lattice, smallest_determinant=preset.smallest_determinant)
     return torch.where(found.abs() > NEGLIGIBLE_MM, found, 0.0), pair.level.fixed.grid
 
@@ -112,9 +118,14 @@ def prediction(fixed: Prepared, moving: Prepared, moving_from_fixed: Matrix, net
         return pair.displacement_mm(network(pair.input)[0]), pair.level.fixed.grid
 
 
-def tuned(pair: NetworkPair, network: UNet, tuning: Tuning) -> Iterator[tuple[float, float, Tensor]]:
-    """Yield the share done, the loss and the displacement in voxels of each epoch, beginning with the untuned one."""
-    own = copy.deepcopy(network).requires_grad_(True)
+def tuned(
+    pair: NetworkPair, network: UNet, tuning: Tuning, *, adapts: bool = False
+) -> Iterator[tuple[float, float, Tensor]]:
+    """Yield the share done, the loss and the displacement in voxels of each epoch, beginning with the untuned one.
+
+    A copy is tuned, or the network itself where it `adapts`.
+    """
+    own = (network if adapts else copy.deepcopy(network)).requires_grad_(True)
     own.checkpointing = pair.input.numel() // 2 > _ROOMY_VOXELS
     own.autocast = torch.bfloat16 if tuning.bf16 and pair.input.device.type == "cuda" else None
     optimizer = torch.optim.Adam(own.parameters(), lr=tuning.learning_rate)
