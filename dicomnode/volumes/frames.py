@@ -7,6 +7,7 @@ were converted from in "unassigned" groups, laid over likewise.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,12 +86,17 @@ def frames_of(dataset: Dataset) -> list[Dataset]:
         count = str(dataset.get("NumberOfFrames") or "")
         if count != str(len(per_frame)) or not 1 <= len(per_frame) <= MAX_FRAMES:
             raise UnsupportedImageError(
-                f"Instance {dataset.get('SOPInstanceUID')}: {count[:20] or 'no'} frames by Number of Frames and "
-                f"{len(per_frame)} by functional groups, expected one count from 1 to {MAX_FRAMES}"
+                f"Instance {shown_uid(dataset.get('SOPInstanceUID'))}: {count[:20] or 'no'} frames by Number of "
+                f"Frames and {len(per_frame)} by functional groups, expected one count from 1 to {MAX_FRAMES}"
             )
         common = [element for element in dataset if element.keyword not in _LEFT_BEHIND]
         common += [element for item in shared[:1] for element in _flat(item)]
         return [_frame(dataset, number, common, item) for number, item in enumerate(per_frame, start=1)]
+
+
+def shown_uid(uid: object) -> str:
+    """A UID for a message; what cannot be one may hold anything, the patient's name too, and is not repeated."""
+    return str(uid) if re.fullmatch(r"[0-9A-Za-z.]{1,64}", str(uid)) else "(malformed UID)"
 
 
 def frame_number(dataset: Dataset) -> int:

@@ -15,7 +15,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from dicomnode.errors import InconsistentGeometryError, LocalError, UnsupportedImageError
 from dicomnode.model import InstanceHeader
-from dicomnode.volumes.frames import frames_of
+from dicomnode.volumes.frames import frames_of, shown_uid
 
 SOFTWARE_NAME = "dicomnode"
 """What our objects name as Manufacturer's Model Name in the Contributing Equipment Sequence; the loop guard."""
@@ -85,8 +85,8 @@ def numbers(dataset: Dataset, keyword: str, count: int) -> npt.NDArray[np.float6
 def name(datasets: Sequence[Dataset]) -> str:
     """What a message calls one instance, or the series of several."""
     if len(datasets) == 1:
-        return f"Instance {text(datasets[0], 'SOPInstanceUID')}"
-    return f"Series {text(datasets[0], 'SeriesInstanceUID')}"
+        return f"Instance {shown_uid(datasets[0].get('SOPInstanceUID'))}"
+    return f"Series {shown_uid(datasets[0].get('SeriesInstanceUID'))}"
 
 
 def _read_all(paths: Iterable[Path], frames: Iterable[Sequence[int]], *, stop_before_pixels: bool) -> list[Dataset]:
