@@ -52,7 +52,7 @@ def write_table(out: Path, results: Path, rows: Sequence[Case]) -> None:
         machines = sorted({cell["machine"] for cell in cells})
         parts.append(
             f"Measured on: {'; '.join(machines)}. Load average during the cells: median {np.median(loads):.1f}, "
-            f"highest {max(loads):.1f}."
+            f"highest {max(loads):.1f}.\n"
         )
     for group in dict.fromkeys(case.group for case in rows):
         members = [case for case in rows if case.group == group]
