@@ -34,6 +34,7 @@ from registration_engine.volume import DisplacementField, Grid, Registration, Re
 if TYPE_CHECKING:
     from registration_engine.checkpoint import load_model
     from registration_engine.engine import register
+    from registration_engine.field import inverse
     from registration_engine.resampling import warp
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "RegistrationError",
     "Report",
     "Volume",
+    "inverse",
     "load_model",
     "register",
     "warp",
@@ -65,6 +67,10 @@ def __getattr__(name: str) -> Any:
         from registration_engine.engine import register
 
         return register
+    if name == "inverse":
+        from registration_engine.field import inverse
+
+        return inverse
     if name == "warp":
         from registration_engine.resampling import warp
 

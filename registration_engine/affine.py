@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from registration_engine import field as fields
 from registration_engine.errors import NoOverlapError
-from registration_engine.losses import mutual_information
+from registration_engine.losses import local_correlation, mutual_information
 from registration_engine.metrics import normalized_mutual_information
 from registration_engine.prepare import Prepared
 from registration_engine.spaces import (
@@ -25,15 +26,17 @@ from registration_engine.spaces import (
     linear_coordinates,
     sample_where_valid,
     sampling_from_world,
+    world_from_lattice,
     world_from_sampling,
 )
 from registration_engine.volume import DisplacementField
 
-_SCAN_VOXELS, _COARSE_VOXELS, _FINE_VOXELS = 6_000, 20_000, 150_000
+_SCAN_VOXELS, _COARSE_VOXELS, _FINE_VOXELS = 6_000, 20_000, 100_000
+_STEPS, _LOCAL_STEPS = 40, 25
 _ROTATIONS = 600  # any rotation is within about 20 degrees of one of them
-_REFINED = 6  # rotated starts followed up
+_REFINED = 4  # rotated starts followed up
 _MARGIN_MM = 20.0
-_BINS = 24
+_BINS, _WINDOW = 24, 5
 _LEAST_OVERLAP = 0.5  # of the smaller foreground: below it a similarity counts less, in proportion
 _NO_OVERLAP = 0.05
 # A turned patient must be clearly more similar: bodies and heads are nearly symmetric, mirrored fits come close.
@@ -98,11 +101,14 @@ def align(
     progress(0.6)
 
     rigid = max((identity, start, fine.climb(start, affine=False)), key=fine.score)
+    rigid = max((identity, rigid, fine.climb(rigid, affine=False, local=True)), key=fine.local_score)
     progress(0.8)
     affine = rigid
     if with_affine:
-        candidate = fine.climb(rigid, affine=True)
-        if fine.score(candidate) > _STAGE_GAIN * fine.score(rigid):
+        # Mutual information alone would stretch one brain mask onto another: structure has the last word.
+        start = max((rigid, fine.climb(rigid, affine=True)), key=fine.local_score)
+        candidate = fine.climb(start, affine=True, local=True)
+        if fine.local_score(candidate) > _STAGE_GAIN * fine.local_score(rigid):
             affine = candidate
     progress(1.0)
     return LinearStart(rigid, affine, centered, coarse.overlap(identity) >= _NO_OVERLAP)
@@ -136,7 +142,9 @@ class _Stage:
 
     fixed: Prepared
     moving: Prepared
-    identity: Tensor
+    lattice: Lattice
+    points: Tensor  # (4, Z, Y, X) float64, LPS mm and 1
+    world_from_lattice: Tensor
     moving_layers: Tensor
     fixed_center: Matrix
     moving_center: Matrix
@@ -149,10 +157,14 @@ class _Stage:
         small, small_moving = body.reduced(spacing_mm), moving.reduced(spacing_mm)
         moving_body = float(small_moving.foreground.sum()) * float(np.prod(small_moving.grid.spacing_mm))
         in_fixed_voxels = moving_body / float(np.prod(small.grid.spacing_mm))
+        lattice = Lattice.of(small.grid, body.image.device)
+        points = linear_coordinates(lattice.identity, torch.from_numpy(world_from_sampling(small.grid))).double()
         return _Stage(
             small,
             small_moving,
-            Lattice.of(small.grid, body.image.device).identity,
+            lattice,
+            torch.cat([points, torch.ones_like(points[:1])]),
+            torch.from_numpy(world_from_lattice(small.grid).copy()),
             small_moving.layers(),
             small.center_mm(),
             small_moving.center_mm(),
@@ -168,23 +180,36 @@ class _Stage:
         """Body of the fixed image that the moving image covers, by the smaller of both bodies."""
         return self._overlap(self._warped(torch.from_numpy(moving_from_fixed))[1])
 
+    def local_score(self, moving_from_fixed: Matrix) -> float:
+        """Local correlation over the overlap, scaled down where the overlap is small."""
+        warped, weight = self._warped(torch.from_numpy(moving_from_fixed))
+        return self._local_correlation(warped, weight)[0]
+
     @torch.enable_grad()
-    def climb(self, start: Matrix, *, affine: bool, steps: int = 40) -> Matrix:
-        """Follow the gradient of mutual information; the best position met, `start` included."""
+    def climb(self, start: Matrix, *, affine: bool, local: bool = False) -> Matrix:
+        """Follow the gradient of mutual information, or local correlation; the best position met, `start` included."""
         lever_mm = 0.3 * float(np.linalg.norm(np.array(self.fixed.grid.shape) * self.fixed.grid.spacing_mm))
         parameters = torch.zeros(12 if affine else 6, dtype=torch.float64)
         mean, square = torch.zeros_like(parameters), torch.zeros_like(parameters)
         base = torch.from_numpy(start)
         best, best_score = start, -math.inf
+        steps = _LOCAL_STEPS if local else _STEPS
         for step in range(1, steps + 1):
             parameters.requires_grad_()
             matrix = base @ _moved(parameters, self.fixed_center, lever_mm)
-            warped, weight = self._warped(matrix)
-            score = self._score(warped.detach(), weight)
+            warped, weight = self._warped(matrix.detach())
+            if local:
+                score, slope = self._local_correlation(warped, weight)
+            else:
+                score = self._score(warped, weight)
+                _, slope = mutual_information(self.fixed.image[0], warped, weight, bins=_BINS)
             if score > best_score:
                 best, best_score = matrix.detach().numpy(), score
-            _, slope = mutual_information(self.fixed.image[0], warped.detach(), weight, bins=_BINS)
-            (ascent,) = torch.autograd.grad((warped * slope).sum(), parameters)
+            # Through the (4, 4) alone: a gradient through the interpolation would cost more than all the rest.
+            pull = slope * fields.gradient(warped[None], self.lattice.spacing_mm)
+            moments = torch.tensordot(pull.double(), self.points, dims=([1, 2, 3], [1, 2, 3])).cpu()
+            by_matrix = torch.linalg.inv(matrix.detach()[:3, :3]).T @ self.world_from_lattice @ moments
+            (ascent,) = torch.autograd.grad((matrix[:3] * by_matrix).sum(), parameters)
             mean = 0.8 * mean + 0.2 * ascent
             square = 0.95 * square + 0.05 * ascent**2
             length_mm = 0.2 * self.spacing_mm * (1.02 + math.cos(math.pi * step / steps))
@@ -196,13 +221,20 @@ class _Stage:
         """The moving image on the fixed lattice, and which of its voxels count."""
         left = torch.from_numpy(sampling_from_world(self.moving.grid))
         right = torch.from_numpy(world_from_sampling(self.fixed.grid))
-        coordinates = linear_coordinates(self.identity, left @ moving_from_fixed @ right)
+        coordinates = linear_coordinates(self.lattice.identity, left @ moving_from_fixed @ right)
         warped, valid = sample_where_valid(self.moving_layers, coordinates)
         return warped, self.fixed.valid[0] * valid
 
     def _score(self, warped: Tensor, weight: Tensor) -> float:
         similarity = normalized_mutual_information(self.fixed.image[0], warped, weight, bins=_BINS)
-        return similarity * min(1.0, self._overlap(weight) / _LEAST_OVERLAP)
+        return similarity * self._share(weight)
+
+    def _local_correlation(self, warped: Tensor, weight: Tensor) -> tuple[float, Tensor]:
+        value, slope = local_correlation(self.fixed.image[0], warped, weight.float(), width=_WINDOW)
+        return value * self._share(weight), slope
+
+    def _share(self, weight: Tensor) -> float:
+        return min(1.0, self._overlap(weight) / _LEAST_OVERLAP)
 
     def _overlap(self, weight: Tensor) -> float:
         return float((weight * self.fixed.foreground[0]).sum()) / self.smaller_body

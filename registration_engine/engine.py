@@ -6,6 +6,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,12 @@ from registration_engine import affine, optimize, tuning
 from registration_engine import field as fields
 from registration_engine.checkpoint import LoadedModel, load_model
 from registration_engine.devices import device_named
-from registration_engine.errors import ImplausibleResultError, InvalidRequestError, OutOfDeviceMemoryError
+from registration_engine.errors import (
+    ImplausibleResultError,
+    InvalidRequestError,
+    NoOverlapError,
+    OutOfDeviceMemoryError,
+)
 from registration_engine.metrics import Regularity, normalized_mutual_information, regularity
 from registration_engine.prepare import Prepared, prepared
 from registration_engine.presets import Preset, preset_named
@@ -34,6 +40,7 @@ from registration_engine.volume import DisplacementField, Grid, Registration, Re
 
 Progress = Callable[[str, float], None]
 _JUDGED_VOXELS = 1_500_000  # similarity is measured on a thinned fixed grid of this size
+_CONVINCING = 0.15  # similarity that images in unrelated places must reach
 
 
 def register(
@@ -81,39 +88,42 @@ def register(
     InvalidVolumeError
         Constant image, fewer than four voxels along an axis, a mask on another grid or an empty one.
     NoOverlapError
-        The images share no physical space after every start that was tried.
+        The images share no physical space after every start that was tried, or none as given and are not alike.
     ImplausibleResultError
         The field folds, or moves the body farther than the preset allows.
     OutOfDeviceMemoryError
-        The device has too little memory.
+        The device has too little memory even for half the resolution, which the report calls profile "lean".
     """
     chosen = preset_named(preset) if isinstance(preset, str) else preset
     torch_device = device_named(device)
-    try:
-        with torch.no_grad():
-            return _register(
-                fixed,
-                moving,
-                chosen,
-                torch_device,
-                seed,
-                fixed_mask,
-                moving_mask,
-                start,
-                _network(chosen, model, torch_device),
-                progress or (lambda *_: None),
-            )
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfDeviceMemoryError(
-            f"Device {torch_device}: too little memory for fixed {fixed.grid.shape}, moving {moving.grid.shape}, "
-            f"preset {chosen.name}"
-        ) from error
+    say = progress or (lambda *_: None)
+    attempts = [("full", chosen)]
+    if chosen.iterations[1:]:
+        attempts.append(("lean", replace(chosen, voxels=chosen.voxels // 8, iterations=chosen.iterations[:-1])))
+    for profile, spent in attempts:
+        try:
+            network = _network(chosen, model, torch_device)
+            with torch.no_grad():
+                return _register(
+                    fixed, moving, spent, profile, torch_device, seed, fixed_mask, moving_mask, start, network, say
+                )
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            reason = str(error)
+        if torch_device.type == "cuda":
+            torch.cuda.empty_cache()
+    raise OutOfDeviceMemoryError(
+        f"Device {torch_device}: too little memory for fixed {fixed.grid.shape}, moving {moving.grid.shape}, "
+        f"preset {chosen.name}, profile {profile}: {reason}"
+    )
 
 
 def _register(
     fixed_volume: Volume,
     moving_volume: Volume,
     preset: Preset,
+    profile: str,
     device: torch.device,
     seed: int,
     fixed_mask: Volume | None,
@@ -144,8 +154,8 @@ def _register(
         linear, after = start.affine, judge.similarity(start.affine)
 
     field: Tensor | None = None
+    lattice = Lattice.of(fixed.grid, device)
     if preset.is_deformable:
-        lattice = Lattice.of(fixed.grid, device)
 
         def on_fixed(part: Tensor, grid: Grid) -> Tensor:
             # Without the kinks of linear interpolation: whoever samples the field coarsely meets a smooth one.
@@ -167,11 +177,11 @@ def _register(
                     linear,
                     preset,
                     starts=starts,
-                    judge=lambda part, grid: judge.similarity(linear, on_fixed(part, grid)),
+                    judge=lambda part, grid: judge.similarity(linear, fields.resize(part, grid, judge.grid)),
                     progress=lambda part: progress("field", part),
                 )
             field = on_fixed(small, grid)
-            refined = judge.similarity(linear, field)
+            refined = judge.similarity(linear, fields.resize(field, fixed.grid, judge.grid))
             if refined > after:
                 after = refined
             else:
@@ -180,11 +190,22 @@ def _register(
     with _timed("judge", seconds, progress):
         found = Regularity(0.0, 0.0, 0.0)
         if field is not None:
-            found = regularity(field, fixed.foreground, Lattice.of(fixed.grid, device).spacing_mm)
+            found = regularity(field, fixed.foreground, lattice.spacing_mm)
+            if found.folding_fraction > 0:
+                # What was one to one on the working grid can fold by a hair between its voxels.
+                field = optimize.unfolded(field, lattice, smallest_determinant=preset.smallest_determinant)
+                found = regularity(field, fixed.foreground, lattice.spacing_mm)
+                after = judge.similarity(linear, fields.resize(field, fixed.grid, judge.grid))
+        if not start.world_overlaps and after < _CONVINCING:
+            raise NoOverlapError(
+                f"Fixed and moving share no physical space, and brought together they do not resemble each other: "
+                f"similarity {after:.3f}, expected {_CONVINCING:g} or more"
+            )
         _refuse_implausible(found, preset)
         displacement = None if field is None else _world_displacement(field, fixed.grid, linear)
     report = Report(
         preset=preset.name,
+        profile=profile,
         device=str(device),
         seed=seed,
         model_sha256=None if model is None else model.sha256,
@@ -205,23 +226,33 @@ class _Judge:
     def __init__(self, fixed: Prepared, moving: Prepared) -> None:
         voxels = float(np.prod(fixed.grid.shape))
         step = max(1, int(np.ceil((voxels / _JUDGED_VOXELS) ** (1 / 3))))
-        self._thin = (slice(None), *(slice(None, None, min(step, max(1, n // 8))) for n in fixed.grid.shape))
+        steps = [min(step, max(1, n // 8)) for n in fixed.grid.shape]
+        k, j, i = steps
+        self._fixed, self._valid = fixed.image[0, ::k, ::j, ::i], fixed.valid[0, ::k, ::j, ::i]
+        affine = fixed.grid.affine.copy()
+        affine[:3, :3] *= steps
+        z, y, x = self._fixed.shape
+        self.grid = Grid((z, y, x), affine)
         self._moving = moving.layers()
-        self._fixed, self._valid = fixed.image[self._thin][0], fixed.valid[self._thin][0]
-        self._identity = Lattice.of(fixed.grid, fixed.image.device).identity[self._thin]
-        self._world_from_fixed = world_from_sampling(fixed.grid)
+        self._identity = Lattice.of(self.grid, fixed.image.device).identity
+        self._world_from_grid = world_from_sampling(self.grid)
         self._moving_from_world = sampling_from_world(moving.grid)
-        self._world_from_lattice = world_from_lattice(fixed.grid)
+        self._world_from_lattice = world_from_lattice(self.grid)
 
     def similarity(self, moving_from_fixed: Matrix, field: Tensor | None = None) -> float:
-        """Normalized mutual information over the overlap after moving_from_fixed ∘ (id + field)."""
+        """Normalized mutual information over the overlap after moving_from_fixed ∘ (id + field), field on `grid`."""
         to_moving = self._moving_from_world @ moving_from_fixed
-        points = linear_coordinates(self._identity, torch.from_numpy(to_moving @ self._world_from_fixed))
+        points = linear_coordinates(self._identity, torch.from_numpy(to_moving @ self._world_from_grid))
         if field is not None:
             per_mm = torch.tensor(to_moving[:3, :3] @ self._world_from_lattice, dtype=torch.float32)
-            points = points + torch.tensordot(per_mm.to(field.device), field[self._thin], dims=1)
+            points = points + torch.tensordot(per_mm.to(field.device), field, dims=1)
         warped, valid = sample_where_valid(self._moving, points)
         return normalized_mutual_information(self._fixed, warped, self._valid * valid)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on an accelerator or in PyTorch's allocator of the CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 
 def _network(preset: Preset, given: LoadedModel | None, device: torch.device) -> LoadedModel | None:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from registration_engine.spaces import Lattice, sample
-from registration_engine.volume import Grid
+from registration_engine.spaces import Lattice, linear_coordinates, sample, sampling_from_world, world_from_sampling
+from registration_engine.volume import DisplacementField, Grid, Registration
 
-_BLOCK = 32
+_BLOCK = 32  # rows of a filter matrix taken together
+_INVERSE_STEPS, _INVERSE_MM = 40, 0.005
 _SLAB = 16  # slices worked on at a time, so that what lies between stays in the cache
 NEGLIGIBLE_MM = 1e-9  # smaller components become zero: repeated smoothing would make denormal numbers, 20 times slower
 
@@ -86,17 +87,41 @@ def _smallest_determinant(field: Tensor, spacing_mm: tuple[float, float, float])
     return lowest
 
 
-def inverse(field: Tensor, lattice: Lattice, *, iterations: int = 20) -> Tensor:
-    """Displacement v with v(x) = -field(x + v(x)), by fixed-point iteration.
+def inverse(registration: Registration, onto: Grid, *, device: str = "cpu") -> DisplacementField:
+    """Where each point of the moving image lies in the fixed image: the displacement back, for contours and doses.
+
+    Fixed-point iteration on x = moving_from_fixed⁻¹ (y - displacement(x)), damped from the tenth step on.
+
+    Parameters
+    ----------
+    onto
+        Grid in moving space that the result is sampled on.
+
+    Returns
+    -------
+    DisplacementField
+        x_fixed - x_moving, mm LPS, at the voxel centers of `onto`. Beyond the fixed grid its outermost vectors
+        continue.
 
     References
     ----------
     Chen et al., A simple fixed-point approach to invert a deformation field, Medical Physics 2008.
     """
-    inverted = -field
-    for _ in range(iterations):
-        inverted = -sample(field, lattice.displaced(inverted))
-    return inverted
+    identity, from_sampling = Lattice.of(onto, torch.device(device)).identity, world_from_sampling(onto)
+    y = linear_coordinates(identity, torch.from_numpy(from_sampling))
+    back = np.linalg.inv(registration.moving_from_fixed)
+    x = start = linear_coordinates(y, torch.from_numpy(back))
+    if registration.displacement is not None:
+        added = torch.tensor(registration.displacement, device=device).movedim(-1, 0)
+        turn = torch.tensor(back[:3, :3], dtype=torch.float32, device=device)
+        to_sampling = torch.from_numpy(sampling_from_world(registration.grid))
+        for step in range(_INVERSE_STEPS):
+            target = start - torch.tensordot(turn, sample(added, linear_coordinates(x, to_sampling)), dims=1)
+            change = target - x
+            x = x + (1.0 if step < _INVERSE_STEPS // 4 else 0.5) * change
+            if float(change.abs().max()) < _INVERSE_MM:
+                break
+    return DisplacementField((x - y).movedim(0, -1).cpu().numpy(), onto)
 
 
 def resize(image: Tensor, source: Grid, target: Grid, *, sigma_mm: float = 0.0) -> Tensor:

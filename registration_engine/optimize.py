@@ -32,7 +32,10 @@ _LONGEST_STEP = 0.5  # voxels of the level
 _LAST_PACE = 0.02
 _PLATEAU_STEPS, _PLATEAU_GAIN = 10, 1e-4
 _GUARD_EVERY, _GUARD_TRIES = 10, 40
-_MARGIN_MM = 10.0
+_MARGIN_MM = 6.0
+_CHOICE_VOXELS, _CHOICE_SHARE = 150_000, 0.3
+_SEARCH_VOXELS = 250_000
+_CLEARLY = 1.005  # as much more similar must a field be that has passed through low resolution
 
 
 def refine(
@@ -63,28 +66,45 @@ def refine(
         (n, finest * 2.0**up) for up, n in zip(range(len(preset.iterations))[::-1], preset.iterations, strict=True)
     ]
     displacement, grid = _searched(body, moving, moving_from_fixed, preset, starts)
-    if displacement.any():
-        # Coarser levels would smooth away what the search has found.
-        levels = [level for level in levels if level[1] < preset.search_mm / 2] or levels[-1:]
-    best, best_score = (displacement, grid), judge(displacement, grid)
-    for number, manner in enumerate(preset.manners):
-        share = 1 / len(preset.manners)
+    # The manner is chosen on the finest level that costs next to nothing, and never on the last of several.
+    cheap = body.spacing_for(_CHOICE_VOXELS)
+    last = max([n for n, (_, spacing) in enumerate(levels[:-1]) if spacing >= cheap], default=0)
+    # Coarser levels would smooth away what the search has found.
+    choice = levels[last : last + 1] if displacement.any() else levels[: last + 1]
+    best, manner, best_score = (displacement, grid), preset.manners[0], -math.inf
+    for number, tried in enumerate(preset.manners):
 
-        def part_done(part: float, before: float = number * share, share: float = share) -> None:
+        def part_done(part: float, before: int = number) -> None:
+            progress(_CHOICE_SHARE * (before + part) / len(preset.manners))
+
+        trial = _through_levels((displacement, grid), body, moving, moving_from_fixed, choice, preset, tried, part_done)
+        score = judge(*trial)
+        if score > best_score:
+            best, manner, best_score = trial, tried, score
+    rest = levels[last + 1 :]
+
+    def through(
+        start: tuple[Tensor, Grid], levels: list[tuple[int, float]], before: float, share: float
+    ) -> tuple[Tensor, Grid]:
+        def part_done(part: float) -> None:
             progress(before + share * part)
 
-        candidate = _through_levels(
-            displacement, grid, body, moving, moving_from_fixed, levels, preset, manner, part_done
-        )
-        score = judge(*candidate)
-        if score > best_score:
-            best, best_score = candidate, score
-    return best
+        return _through_levels(start, body, moving, moving_from_fixed, levels, preset, manner, part_done)
+
+    if displacement.any() and rest:
+        # Organs that slide are lost at low resolution, and wide smooth motion is not found without it: try both ways.
+        ways = (best, (displacement, grid))
+        found = [through(way, rest[:1], _CHOICE_SHARE + 0.2 * number, 0.2) for number, way in enumerate(ways)]
+        from_coarse, from_search = found
+        best = from_coarse if judge(*from_coarse) > _CLEARLY * judge(*from_search) else from_search
+        return through(best, rest[1:], 0.7, 0.3)
+    if judge(displacement, grid) > best_score:
+        best = displacement, grid
+    return through(best, rest, _CHOICE_SHARE, 1 - _CHOICE_SHARE)
 
 
 def _through_levels(
-    displacement: Tensor,
-    grid: Grid,
+    start: tuple[Tensor, Grid],
     body: Prepared,
     moving: Prepared,
     moving_from_fixed: Matrix,
@@ -94,6 +114,7 @@ def _through_levels(
     progress: Callable[[float], None],
 ) -> tuple[Tensor, Grid]:
     """The displacement refined level by level, each (iterations, voxel side in mm), and the grid of the last."""
+    displacement, grid = start
     effort = [iterations / spacing**3 for iterations, spacing in levels]
     for number, (iterations, spacing) in enumerate(levels):
         level = Level.of(body.reduced(spacing), moving.reduced(spacing), moving_from_fixed)
@@ -114,7 +135,7 @@ def _searched(
     starts: Sequence[tuple[Tensor, Grid]],
 ) -> tuple[Tensor, Grid]:
     """The start of the field: a given one, a wide search, then a narrow one; each only where it is more similar."""
-    spacing = max(preset.search_mm / 2, float(body.grid.spacing_mm.min()))
+    spacing = max(preset.search_mm / 2, body.spacing_for(_SEARCH_VOXELS))
     level = Level.of(body.reduced(spacing), moving.reduced(spacing), moving_from_fixed)
     grid = level.fixed.grid
     none = torch.zeros(3, *grid.shape, device=body.image.device)
@@ -123,11 +144,12 @@ def _searched(
         for start in starts
     ]
     displacement = max((none, *given), key=lambda start: _force(level, start, preset, SUPPLE)[0])
-    for part, steps, pooled, window in ((1.0, 4, 1, 3), (0.5, 3, 2, 5)):
-        spacing = max(part * preset.search_mm, float(body.grid.spacing_mm.min()))
+    for part, steps, window in ((1.0, 4, 3), (0.5, 3, 5)):
+        spacing = max(part * preset.search_mm, body.spacing_for(_SEARCH_VOXELS))
+        pooled = max(1, round(preset.search_mm / spacing))
         level = Level.of(body.reduced(spacing), moving.reduced(spacing), moving_from_fixed)
         before = fields.resize(displacement, grid, level.fixed.grid)
-        found = search(level, before, step_mm=spacing, steps=steps, pooled=pooled, window=window)
+        found = search(level, before, step_mm=part * preset.search_mm, steps=steps, pooled=pooled, window=window)
         found = unfolded(found, level.lattice, smallest_determinant=preset.smallest_determinant)
         better = _force(level, found, preset, SUPPLE)[0] > _force(level, before, preset, SUPPLE)[0]
         displacement, grid = (found if better else before), level.fixed.grid
@@ -141,12 +163,11 @@ def unfolded(displacement: Tensor, lattice: Lattice, *, smallest_determinant: fl
         low = fields.smallest_determinant(displacement, lattice.spacing_mm) < smallest_determinant
         if not low.any():
             break
-        # Wider at every try: what a narrow Gaussian does not mend, it would only follow.
-        sigma = (1.5 + 0.25 * number) * spacing
-        near = fields.smooth(low.float()[None], spacing, lattice)
-        # A lone voxel keeps 6 percent of itself under this Gaussian: every low voxel is blended in full.
-        blend = (near * 20).clamp_(max=1)
-        displacement = displacement + blend * (fields.smooth(displacement, sigma, lattice) - displacement)
+        # Wider at every try, and fading out as widely: a seam would be the next fold.
+        width = 1.5 + 0.25 * number
+        blend = fields.smooth(low.float()[None], width * spacing, lattice).mul_(15.75 * width**3).clamp_(max=1)
+        smoother = fields.smooth(displacement, (width - 0.5) * spacing, lattice)
+        displacement = displacement + blend * (smoother - displacement)
     return displacement
 
 

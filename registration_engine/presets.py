@@ -28,6 +28,8 @@ class Manner:
 
 SUPPLE = Manner(local_share=0.5, step_smoothing=1.0, field_smoothing=0.6)
 """For fine folds and changed contrast, such as brains."""
+FIRM = Manner(local_share=0.5, step_smoothing=2.0, field_smoothing=1.3)
+"""For smooth motion between contrasts that differ."""
 STIFF = Manner(local_share=1.0, step_smoothing=2.0, field_smoothing=1.3)
 """For wide smooth motion under noise, such as breathing."""
 
@@ -70,7 +72,8 @@ class Preset:
         Steps of the field per level, coarse to fine, each level half the voxel size of the one before; empty for a
         linear registration.
     manners
-        Each is tried from the same start; the result with the highest normalized mutual information is kept.
+        Each is tried at low resolution from the same start; the one with the highest normalized mutual information of
+        the images at full resolution goes on.
     model
         The network taking part: its prediction is a start of the field, or what is tuned.
     tuning
@@ -88,7 +91,7 @@ class Preset:
     name: str
     voxels: int
     iterations: tuple[int, ...]
-    manners: tuple[Manner, ...] = (SUPPLE, STIFF)
+    manners: tuple[Manner, ...] = (SUPPLE, FIRM, STIFF)
     model: str | None = None
     tuning: Tuning | None = None
     search_mm: float = 7.0
@@ -110,7 +113,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             Preset("rigid", voxels=1_000_000, iterations=()),
             Preset("fast", voxels=400_000, iterations=(60, 60, 30)),
             Preset("balanced", voxels=1_000_000, iterations=(60, 60, 60, 40)),
-            Preset("accurate", voxels=8_000_000, iterations=(60, 60, 60, 40, 12)),
+            Preset("accurate", voxels=8_000_000, iterations=(60, 60, 60, 40, 18)),
             Preset("paper-teacher", voxels=0, iterations=(), model="teacher", tuning=Tuning(learning_rate=3e-4)),
             Preset("paper-student", voxels=0, iterations=(), model="student", tuning=Tuning(learning_rate=3e-4)),
         )

@@ -27,14 +27,14 @@ def search(level: Level, around: Tensor, *, step_mm: float, steps: int, pooled: 
     around
         (3, Z, Y, X), lattice mm: every shift is added to it.
     step_mm, steps
-        Step of the shifts along every axis, and how many of them in each direction; an axis with larger voxels is
-        searched by whole voxels.
+        Step of the shifts along every axis, and how many of them in each direction; an axis with voxels of more than
+        twice the step is searched by half voxels.
     pooled
         Voxels along each side of the blocks that move together.
     window
         Of the local correlation, voxels.
     """
-    sides = [max(s, step_mm) for s in level.lattice.spacing_mm]
+    sides = [max(s / 2, step_mm) for s in level.lattice.spacing_mm]
     reach_mm = step_mm * steps
     axes = [torch.arange(-int(reach_mm // s), int(reach_mm // s) + 1) * s for s in sides]
     shifts = torch.cartesian_prod(*axes)

@@ -157,6 +157,8 @@ class Report:
     ----------
     preset, device, seed, model_sha256
         What was asked and with which weights; model_sha256 is None where no network took part.
+    profile
+        "full", or "lean" where the device had memory for half the resolution only.
     similarity_before, similarity_after
         Normalized mutual information 2·I/(H_F+H_M) over the overlap, before and after.
     folding_fraction
@@ -182,6 +184,7 @@ class Report:
     max_displacement_mm: float
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
+    profile: str = "full"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -9,7 +9,7 @@ from registration_engine import Grid, Volume
 Map = Callable[[np.ndarray], np.ndarray]
 
 
-def grid(shape=(40, 44, 48), spacing=(3.0, 3.0, 3.0), center=(0.0, 0.0, 0.0), rotation=None) -> Grid:
+def grid(shape=(30, 33, 36), spacing=(4.0, 4.0, 4.0), center=(0.0, 0.0, 0.0), rotation=None) -> Grid:
     """A grid whose middle lies at `center`; spacing along (k, j, i), axes z, y, x before the rotation."""
     affine = np.eye(4)
     axes = np.diag(spacing)[::-1]
