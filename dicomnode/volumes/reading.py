@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -112,12 +113,17 @@ def _read(path: Path, *, stop_before_pixels: bool) -> Dataset:
         except OSError as error:
             if error.errno is not None:  # pydicom raises its own, without, where bytes are missing
                 raise LocalError(f"{path.name}: cannot be read: {error}") from error
-            raise UnsupportedImageError(f"{path.name}: not decodable as DICOM: {error}") from error
+            raise UnsupportedImageError(f"{path.name}: not decodable as DICOM: {_unquoted(error)}") from error
         except Exception as error:  # pydicom raises many kinds for broken bytes; all mean the same to us
-            raise UnsupportedImageError(f"{path.name}: not decodable as DICOM: {error}") from error
+            raise UnsupportedImageError(f"{path.name}: not decodable as DICOM: {_unquoted(error)}") from error
     if "SOPInstanceUID" not in dataset:
         raise UnsupportedImageError(f"{path.name}: has no SOP Instance UID, expected a DICOM instance")
     return dataset
+
+
+def _unquoted(error: Exception) -> str:
+    """An error's text without the values it quotes, which may name the patient."""
+    return re.sub(r"(['\"]).*\1", "'…'", str(error), flags=re.DOTALL)[:300]
 
 
 def _check_inflated_size(path: Path) -> None:
