@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: campaigns dynamic bench-receive bench-registration demo test lint install clean
+.PHONY: campaigns dynamic never-worse bench-receive bench-registration demo test lint install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dicomnode demo --out demo-out
@@ -44,6 +44,10 @@ bench-receive: $(VENV)/.tested
 # A dynamic series of 30 phases as one job, delivered both ways: a quarter of an hour.
 dynamic: $(VENV)/.tested
 	PHASES=30 $(BIN)/pytest --timeout 2400 tests/system/test_dynamic.py
+
+# 500 random pairs and 20 hopeless ones: about an hour.
+never-worse: $(VENV)/.tested
+	PAIRS=500 $(BIN)/pytest tests/engine/test_never_worse.py
 
 clean:
 	rm -rf $(VENV) demo-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
