@@ -43,12 +43,14 @@ def read_head(file: BinaryIO) -> FileHead:
             meta = read_dataset(
                 file, is_implicit_VR=False, is_little_endian=True, stop_when=lambda tag, _vr, _length: tag.group != 2
             )
-            uids = [
-                str(meta.get(keyword) or "")
-                for keyword in ("MediaStorageSOPClassUID", "MediaStorageSOPInstanceUID", "TransferSyntaxUID")
-            ]
+            head = FileHead(
+                str(meta.get("MediaStorageSOPClassUID") or ""),
+                str(meta.get("MediaStorageSOPInstanceUID") or ""),
+                str(meta.get("TransferSyntaxUID") or ""),
+                size_bytes=file.tell(),
+            )
     except Exception as error:  # whatever a parser raises on hostile bytes
         raise NotDicomError(f"its file meta information cannot be read: {type(error).__name__}") from None
-    if not all(uids):
+    if not (head.sop_class_uid and head.sop_instance_uid and head.transfer_syntax_uid):
         raise NotDicomError("its file meta information lacks SOP Class, SOP Instance or Transfer Syntax UID")
-    return FileHead(*uids, size_bytes=file.tell())
+    return head

@@ -80,7 +80,10 @@ def serve(config: Config, config_path: Path | None, stop: threading.Event) -> No
         for peer in config.peers
     )
     commitment = CommitmentSCP(config.node.ae_title, peers, index, intake)
-    doors = [*_listeners(config, peers, intake, commitment), *_web_servers(config, peers, intake)]
+    doors: list[Listener | WebServer] = [
+        *_listeners(config, peers, intake, commitment),
+        *_web_servers(config, peers, intake),
+    ]
     priors = PriorService(config.sources, index, archive, ae_title=config.node.ae_title)
     try:
         intake.start()
