@@ -163,7 +163,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from dicomnode import rules
 
     config = configuration.load(arguments.config)
-    rule_set = rules.load(config.rules_path)
+    rule_set = rules_cli.check_against(config, rules.load(config.rules_path), str(config.rules_path))
     for warning in config.warnings():
         print(f"warning: {warning}", file=sys.stderr)
     print(f"ok: {len(config.destinations)} destinations, {len(rule_set.rules)} rules")

@@ -111,14 +111,18 @@ def check_against(config: configuration.Config, found: RuleSet, file: str) -> Ru
     Raises
     ------
     ConfigError
-        A rule names a destination that the configuration has not.
+        A rule names a destination or source that the configuration has not.
     """
-    known = [each.name for each in config.destinations]
+    destinations, sources = ([each.name for each in several] for several in (config.destinations, config.sources))
     for rule in found.rules:
-        for name in rule.destinations or ():
-            if name not in known:
-                expected = f"a destination of the configuration ({', '.join(known) or 'none'})"
-                raise ConfigError(file, f"rules({rule.id}).destinations", name, expected)
+        for key, kind, names, known in (
+            ("destinations", "destination", rule.destinations or (), destinations),
+            ("priors.sources", "source", rule.priors.sources, sources),
+        ):
+            for name in names:
+                if name not in known:
+                    expected = f"a {kind} of the configuration ({', '.join(known) or 'none'})"
+                    raise ConfigError(file, f"rules({rule.id}).{key}", name, expected)
     return found
 
 
