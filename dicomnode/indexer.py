@@ -80,7 +80,11 @@ class Indexer:
             except _UnreadableError as error:
                 self._put_aside(entry, str(error))
         if readable:
-            self._settle(readable)
+            try:
+                self._settle(readable)
+            except LocalError:
+                self._index.put_back([entry for entry, _ in readable])
+                raise
         return len(entries)
 
     def _settle(self, readable: Sequence[tuple[JournalEntry, InstanceHeader]]) -> None:

@@ -101,6 +101,12 @@ class Journal(Receiving):
             connection.execute(journal.update().where(journal.c.id.in_(ids)).values(attempts=journal.c.attempts + 1))
         return entries
 
+    def put_back(self, entries: Sequence[JournalEntry]) -> None:
+        """Trouble of our own, not theirs: the attempt does not count."""
+        ids = [entry.id for entry in entries]
+        with self._writing() as connection:
+            connection.execute(journal.update().where(journal.c.id.in_(ids)).values(attempts=journal.c.attempts - 1))
+
     def index_entries(
         self, batch: Sequence[tuple[JournalEntry, Instance, InstanceHeader]], *, policy: DuplicatePolicy, now: datetime
     ) -> list[Settled]:

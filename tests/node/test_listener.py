@@ -389,6 +389,19 @@ def test_an_entry_that_ends_the_indexer_again_and_again_is_kept_aside_and_the_ot
     assert all(node.index.find_instance(f"2.25.100.{number}") for number in (0, 2))
 
 
+def test_trouble_of_our_own_disk_is_no_reason_for_quarantine(node: Node, tmp_path: Path) -> None:
+    send(node, write(make_dataset(), tmp_path / "a.dcm"))
+    node.intake.flush()
+    (node.archive.root / "instances").rename(tmp_path / "away")
+    for _ in range(4):
+        with pytest.raises(LocalError):
+            node.indexer.run_once()
+    (tmp_path / "away").rename(node.archive.root / "instances")
+
+    assert node.quarantine() == []
+    assert node.data_set("2.25.100.1")
+
+
 def test_what_was_sealed_by_a_process_that_died_is_indexed_at_the_next_start(node: Node, tmp_path: Path) -> None:
     path = write(make_dataset(), tmp_path / "a.dcm")
     with node.index.engine.begin() as connection:
