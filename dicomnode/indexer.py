@@ -1,7 +1,7 @@
 """From the journal to the index: reads headers after the sender has its answer, and says of each why not.
 
-Law: an entry that cannot be read, or kills this process twice, goes into quarantine with the reason and costs no
-other its place; every step may be run twice. It runs in a process of its own, with its memory bounded, because what
+Law: an entry that cannot be read, or ends this process again and again, goes into quarantine with the reason and costs
+no other its place; every step may be run twice. It runs in a process of its own, with its memory bounded, because what
 it reads is hostile and its reading must not slow the listener down.
 """
 
@@ -28,7 +28,7 @@ from dicomnode.model import DuplicatePolicy, Instance, InstanceHeader, JournalEn
 log = logging.getLogger(__name__)
 
 BATCH = 64
-MAX_ATTEMPTS = 2
+MAX_ATTEMPTS = 6  # a power cut while it is read counts too, and is not its fault
 READING_LIMIT_S = 30
 MEMORY_BYTES = 2 << 30  # a deflated data set of a megabyte may be one of a gigabyte
 IDLE_S = 0.25

@@ -385,7 +385,7 @@ def test_an_entry_that_ends_the_indexer_again_and_again_is_kept_aside_and_the_ot
         with suppress(KeyboardInterrupt):
             dying.run_once()
 
-    assert [each["reason"] for each in node.quarantine()] == ["reading it ended the indexer 2 times"]
+    assert [each["reason"] for each in node.quarantine()] == ["reading it ended the indexer 6 times"]
     assert all(node.index.find_instance(f"2.25.100.{number}") for number in (0, 2))
 
 
