@@ -151,7 +151,7 @@ def _register(
             )
         judge = _Judge(fixed, moving)
         before = judge.similarity(np.eye(4) if start.world_overlaps else start.centered)
-        linear, after = start.affine, judge.similarity(start.affine)
+        rigid, linear, after = start.rigid, start.affine, judge.similarity(start.affine)
 
     field: Tensor | None = None
     lattice = Lattice.of(fixed.grid, device)
@@ -186,6 +186,10 @@ def _register(
                 after = refined
             else:
                 field.zero_()
+    if start.world_overlaps and after < before:  # never worse than no registration
+        rigid, linear, after = np.eye(4), np.eye(4), before
+        if field is not None:
+            field.zero_()
 
     with _timed("judge", seconds, progress):
         found = Regularity(0.0, 0.0, 0.0)
@@ -217,7 +221,7 @@ def _register(
         seconds=seconds,
         peak_memory_bytes=_peak_memory(device),
     )
-    return Registration(fixed_volume.grid, start.rigid, linear, displacement, report)
+    return Registration(fixed_volume.grid, rigid, linear, displacement, report)
 
 
 class _Judge:

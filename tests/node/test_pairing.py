@@ -726,7 +726,8 @@ def test_the_two_positions_of_the_real_head_make_one_pair_across_studies() -> No
     held = []
     for name in ("siemens-mr-two-positions/HFDL_t1", "siemens-mr-two-positions/HFS_t1"):
         paths = sorted((DATA / name).glob("*.dcm"))
-        held.append(volumes.describe(volumes.read_headers(paths), last_received_at=NOW - timedelta(hours=1)))
+        described = volumes.describe(volumes.read_headers(paths), last_received_at=NOW - timedelta(hours=1))
+        held += [volume for volume, _ in described.volumes]
 
     decision = decide(POSITIONS, held)
 
