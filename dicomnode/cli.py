@@ -84,11 +84,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _worker(arguments: argparse.Namespace) -> int:
-    config = configuration.load(arguments.config)
-    _log_to_stderr(config.log.level)
-    stop = _stop_at_signals()
-    if arguments.supervised:
-        threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
+    config, stop = _as_child(arguments)
     # torch comes in here, in the worker's own process
     from dicomnode.archive import Archive
     from dicomnode.index import Index
@@ -108,12 +104,18 @@ def _worker(arguments: argparse.Namespace) -> int:
     os._exit(0)
 
 
-def _indexer(arguments: argparse.Namespace) -> int:
+def _as_child(arguments: argparse.Namespace) -> tuple[configuration.Config, threading.Event]:
+    """What every child process of `serve` begins with: its configuration, and when to stop."""
     config = configuration.load(arguments.config)
     _log_to_stderr(config.log.level)
     stop = _stop_at_signals()
     if arguments.supervised:
         threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
+    return config, stop
+
+
+def _indexer(arguments: argparse.Namespace) -> int:
+    config, stop = _as_child(arguments)
     from dicomnode import volumes
     from dicomnode.archive import Archive
     from dicomnode.index import Index

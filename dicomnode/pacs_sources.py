@@ -9,6 +9,7 @@ import json
 import urllib.error
 import urllib.parse
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made at impo
 from dicomnode.errors import LocalError, RefusedError, RemoteError
 from dicomnode.index import PriorFetch
 from dicomnode.model import Source
+from dicomnode.part10 import NotDicomError, read_head
 
 Store = Callable[[Source, Iterator[tuple[str, str, str, bytes]]], None]
 """Keeps instances: SOP class, SOP instance, transfer syntax, data set bytes."""
@@ -59,7 +61,7 @@ class RemoteSeries:
     instances: int
 
 
-class Client:
+class Client(ABC):
     """One source; children know its protocol.
 
     Parameters
@@ -95,17 +97,17 @@ class Client:
             if each.modality in modalities or (not modalities and each.modality in ("CT", "MR", "PT"))
         ]
 
+    @abstractmethod
     def studies(self, patient: tuple[str, str], dates: str, modality: str, description: str) -> list[tuple[str, str]]:
         """(Study Instance UID, StudyDate) of the patient's studies."""
-        raise NotImplementedError
 
+    @abstractmethod
     def series(self, study_instance_uid: str) -> list[RemoteSeries]:
         """Every series of a study."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fetch(self, series: RemoteSeries) -> None:
         """Bring one series here."""
-        raise NotImplementedError
 
 
 def client_of(source: Source, ae_title: str, store: Store) -> Client:
@@ -307,12 +309,10 @@ def multipart(content_type: str, body: bytes) -> list[bytes]:
 def _part10(data: bytes) -> tuple[str, str, str, bytes]:
     """SOP class, SOP instance, transfer syntax and data set bytes of a DICOM file."""
     try:
-        meta = pydicom.dcmread(BytesIO(data), specific_tags=[], stop_before_pixels=True).file_meta
-        about = (str(meta.MediaStorageSOPClassUID), str(meta.MediaStorageSOPInstanceUID), str(meta.TransferSyntaxUID))
-        # PS3.10 7.1: preamble, prefix, and the group length element, which counts what follows it
-        return (*about, data[128 + 4 + 12 + int(meta.FileMetaInformationGroupLength) :])
-    except Exception as error:  # pydicom raises many kinds for broken bytes
-        raise RemoteError(f"a part of the answer is no DICOM file: {type(error).__name__}") from error
+        head = read_head(BytesIO(data))
+    except NotDicomError as error:
+        raise RemoteError(f"a part of the answer: {error}") from None
+    return head.sop_class_uid, head.sop_instance_uid, head.transfer_syntax_uid, data[head.size_bytes :]
 
 
 def _value(answer: dict[str, Any], tag: str) -> str:

@@ -6,12 +6,10 @@ autograd graph. Each function returns (value, gradient); the gradient is that of
 
 from __future__ import annotations
 
-from itertools import combinations
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from registration_engine.field import box_matrix, separable
 
@@ -96,30 +94,6 @@ def local_correlation(fixed: Tensor, warped: Tensor, weight: Tensor, *, width: i
         slope = (fixed[first:last] - 0.5).mul_(adjoint[0]) - (warped[first:last] - 0.5).mul_(adjoint[1])
         gradient[first:last] = slope.add_(adjoint[2]).mul_(weight[first:last])
     return value, gradient
-
-
-def self_similarity(image: Tensor) -> Tensor:
-    """MIND-SSC, (12, Z, Y, X) in 0…1: how alike neighbours of each voxel are, whatever the contrast.
-
-    References
-    ----------
-    Heinrich et al., Towards realtime multimodal fusion for image-guided interventions using self-similarities,
-    MICCAI 2013.
-    """
-    padded = pad(image[None, None], (2,) * 6, mode="replicate")[0, 0]
-    z, y, x = (n + 2 for n in image.shape)
-    neighbours = [
-        (axis, padded[tuple(slice(1 + d * (a == axis), 1 + d * (a == axis) + n) for a, n in enumerate((z, y, x)))])
-        for axis in range(3)
-        for d in (-1, 1)
-    ]
-    pairs = [(a, b) for (m, a), (n, b) in combinations(neighbours, 2) if m != n]
-    inner = [box_matrix(n + 2, 3, image.device)[1:-1] / 3 for n in image.shape]
-    distance = separable(torch.stack([(a - b).square() for a, b in pairs]), *inner)
-    distance -= distance.amin(0)
-    spread = distance.mean(0)
-    spread = spread.clamp(float(spread.mean()) * 1e-3 + 1e-12, float(spread.mean()) * 1e3 + 1e-12)
-    return torch.exp(-distance / spread)
 
 
 def local_correlation_map(fixed: Tensor, warped: Tensor, weight: Tensor, *, width: int) -> Tensor:

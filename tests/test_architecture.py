@@ -56,7 +56,7 @@ MAY_IMPORT = {
         "registration_engine",
     },
     "workflow": {"errors", "index", "model"},
-    "pacs_sources": {"errors", "index", "model"},
+    "pacs_sources": {"errors", "index", "model", "part10"},
     "counts": {"errors", "model", "pacs_sources"},
     "retrieve": {"archive", "errors", "index", "model", "pacs_sources", "volumes"},
     "schedule": {"document"},
