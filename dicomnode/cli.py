@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dicomnode import config as configuration
-from dicomnode import rules_cli
+from dicomnode import rules_parser
 from dicomnode.errors import ConfigError, NodeError
 
 log = logging.getLogger("dicomnode")
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     status = command("status", _status, "show studies, series, jobs and deliveries, with reasons")
     config_option(status)
     status.add_argument("--json", action="store_true", help="print JSON")
-    rules_cli.add_commands(commands)
+    rules_parser.add_commands(commands)
     demo = command("demo", _demo, "run the whole line on a generated study, against a stand-in PACS")
     demo.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="folder for what it makes")
     return parser
@@ -162,7 +162,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.schema:
         print(json.dumps(configuration.schema(), indent=2))
         return 0
-    from dicomnode import rules
+    from dicomnode import rules, rules_cli
 
     config = configuration.load(arguments.config)
     rule_set = rules_cli.check_against(config, rules.load(config.rules_path), str(config.rules_path))
@@ -173,9 +173,9 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
+    from dicomnode.index import open_index
 
-    config = configuration.load(arguments.config)
-    index = rules_cli.open_index(config)
+    index = open_index(configuration.load(arguments.config).database_url)
     status = index.status()
     index.close()
     if arguments.json:

@@ -1,4 +1,4 @@
-"""The commands about rules: `rules …`, `why`, `settle`.
+"""What the commands about rules do: `rules …`, `why`, `settle`; their options stand in `rules_parser`.
 
 Law: what is read or tried changes nothing; a rule set is checked whole before it is kept.
 """
@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,86 +21,12 @@ from pydicom.errors import InvalidDicomError
 
 from dicomnode import config as configuration
 from dicomnode import pairing, partners, rules, trace, volumes
-from dicomnode.errors import ConfigError, LocalError, StudyError
+from dicomnode.errors import ConfigError, StudyError
 from dicomnode.findings import label
-from dicomnode.index import Index
+from dicomnode.index import Index, open_index
 from dicomnode.model import Ambiguity, Pair, VolumeRef, WorkItem
 from dicomnode.rules import RuleSet
 from dicomnode.scopes import Key, key_of
-
-Subparsers = Any
-Run = Callable[[argparse.Namespace], int]
-
-
-def add_commands(commands: Subparsers) -> None:
-    """Add the commands to the command line's."""
-
-    def command(parent: Subparsers, name: str, run: Run, text: str) -> argparse.ArgumentParser:
-        sub: argparse.ArgumentParser = parent.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.set_defaults(run=run)
-        sub.add_argument("--config", type=Path, metavar="F", help="configuration file; without it, the defaults")
-        return sub
-
-    text = "check, keep, try and compare pairing rules"
-    group = commands.add_parser("rules", help=text, description=text, allow_abbrev=False)
-    parent = group.add_subparsers(required=True, metavar="ACTION")
-    command(parent, "check", _check, "check a file of rules; exit status 0, or 2 with every mistake").add_argument(
-        "file", type=Path
-    )
-    put = command(parent, "import", _import, "put a file of rules in force, without a restart")
-    put.add_argument("file", type=Path)
-    put.add_argument("--comment", default="", help="why, for the history")
-    for name, run, text in (
-        ("export", _export, "print rules as they were written"),
-        ("list", _list, "list the rules of a version"),
-    ):
-        command(parent, name, run, text).add_argument(
-            "--version", type=int, metavar="N", help="a version; without it, the one in force"
-        )
-    command(parent, "history", _history, "list every version that was in force")
-    diff = command(parent, "diff", _diff, "what changed between two versions")
-    diff.add_argument("old", type=int, nargs="?", help="without it, the version before the one in force")
-    diff.add_argument("new", type=int, nargs="?", help="without it, the one in force")
-    back = command(parent, "rollback", _rollback, "put an earlier version in force again, as a new version")
-    back.add_argument("version", type=int)
-    back.add_argument("--comment", default="", help="why, for the history")
-    test = command(parent, "test", _test, "tell which pairs rules would make, with every condition; changes nothing")
-    test.add_argument("--rules", type=Path, metavar="F", help="file of rules; without it, those in force")
-    which = test.add_mutually_exclusive_group()
-    which.add_argument("--study", metavar="UID", help="on what was received of the patient of this study")
-    which.add_argument("--last", default="7d", metavar="TIME", help="on what came within 7d, 12h, 30m (default 7d)")
-    which.add_argument("--dicom", type=Path, metavar="DIR", help="on the DICOM files of a folder")
-    test.add_argument("--brief", action="store_true", help="pairs and reasons only, no conditions")
-    test.add_argument("--json", action="store_true", help="print JSON")
-    why = command(commands, "why", _why, "tell why a series or study was paired as it was, with every condition")
-    why.add_argument("uid", help="a Series or Study Instance UID")
-    why.add_argument("--json", action="store_true", help="print JSON")
-    settle = command(commands, "settle", _settle, "list what the rules could not decide, or decide one item")
-    settle.add_argument("item", type=int, nargs="?", help="number of the item; without it, all open ones are listed")
-    settle.add_argument("--fixed", metavar="UID", help="series that stays; UID#N names volume N of a series")
-    settle.add_argument(
-        "--moving", metavar="UID", action="append", default=[], help="series brought onto it; repeatable"
-    )
-
-
-def open_index(config: configuration.Config, *, create: bool = False) -> Index:
-    """The node's index, brought to this version's shape where `create`.
-
-    Raises
-    ------
-    LocalError
-        There is none yet.
-    """
-    file = Path(config.database_url.removeprefix("sqlite:///"))
-    if config.database_url.startswith("sqlite:///") and not file.exists():
-        if not create:
-            raise LocalError(f"{file}: no such database: the node has not run with this configuration")
-        file.parent.mkdir(parents=True, exist_ok=True)
-    index = Index(config.database_url)
-    if create:
-        index.migrate()
-    return index
-
 
 # ── versions ──
 
@@ -126,21 +52,23 @@ def check_against(config: configuration.Config, found: RuleSet, file: str) -> Ru
     return found
 
 
-def _check(arguments: argparse.Namespace) -> int:
+def check_file(arguments: argparse.Namespace) -> int:
+    """Check a file of rules."""
     config = configuration.load(arguments.config)
     found = check_against(config, rules.load(arguments.file), str(arguments.file))
     print(f"ok: {len(found.rules)} rules, {len(found.enabled)} enabled")
     return 0
 
 
-def _import(arguments: argparse.Namespace) -> int:
+def import_file(arguments: argparse.Namespace) -> int:
+    """Put a file of rules in force."""
     config = configuration.load(arguments.config)
     found = check_against(config, rules.load(arguments.file), str(arguments.file))
     return _put(config, found, source="import", comment=arguments.comment)
 
 
 def _put(config: configuration.Config, found: RuleSet, *, source: str, comment: str) -> int:
-    index = open_index(config, create=True)
+    index = open_index(config.database_url, create=True)
     former = index.newest_rule_version()
     version = index.import_rule_set(
         found.text,
@@ -156,15 +84,17 @@ def _put(config: configuration.Config, found: RuleSet, *, source: str, comment: 
     return 0
 
 
-def _export(arguments: argparse.Namespace) -> int:
-    index = open_index(configuration.load(arguments.config))
+def export(arguments: argparse.Namespace) -> int:
+    """Print rules as they were written."""
+    index = open_index(configuration.load(arguments.config).database_url)
     print(index.rule_set_text(arguments.version or index.newest_rule_version(), written=True), end="")
     index.close()
     return 0
 
 
-def _list(arguments: argparse.Namespace) -> int:
-    index = open_index(configuration.load(arguments.config))
+def list_rules(arguments: argparse.Namespace) -> int:
+    """List the rules of a version."""
+    index = open_index(configuration.load(arguments.config).database_url)
     version = arguments.version or index.newest_rule_version()
     found = rules.parse(index.rule_set_text(version), f"version {version}")
     index.close()
@@ -178,8 +108,9 @@ def _list(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _history(arguments: argparse.Namespace) -> int:
-    index = open_index(configuration.load(arguments.config))
+def history(arguments: argparse.Namespace) -> int:
+    """List every version that was in force."""
+    index = open_index(configuration.load(arguments.config).database_url)
     for row in index.rule_set_history():
         print(
             f"{row['version']:>4}  {row['created_at']:%Y-%m-%d %H:%M:%S}  {row['source']:8}  {row['sha256'][:12]}  "
@@ -189,8 +120,9 @@ def _history(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _diff(arguments: argparse.Namespace) -> int:
-    index = open_index(configuration.load(arguments.config))
+def diff(arguments: argparse.Namespace) -> int:
+    """Print what changed between two versions."""
+    index = open_index(configuration.load(arguments.config).database_url)
     new = arguments.new or index.newest_rule_version()
     old = arguments.old or max(new - 1, 1)
     one, other = (index.rule_set_text(version, written=True).splitlines(keepends=True) for version in (old, new))
@@ -199,9 +131,10 @@ def _diff(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _rollback(arguments: argparse.Namespace) -> int:
+def rollback(arguments: argparse.Namespace) -> int:
+    """Put an earlier version in force again."""
     config = configuration.load(arguments.config)
-    index = open_index(config)
+    index = open_index(config.database_url)
     found = rules.parse(index.rule_set_text(arguments.version, written=True), f"version {arguments.version}")
     index.close()
     comment = arguments.comment or f"back to version {arguments.version}"
@@ -213,9 +146,10 @@ def _rollback(arguments: argparse.Namespace) -> int:
 # ── what rules would do, and what they did ──
 
 
-def _test(arguments: argparse.Namespace) -> int:
+def test(arguments: argparse.Namespace) -> int:
+    """Tell which pairs rules would make."""
     config = configuration.load(arguments.config)
-    index = None if arguments.rules and arguments.dicom else open_index(config)
+    index = None if arguments.rules and arguments.dicom else open_index(config.database_url)
     if arguments.rules:
         found = check_against(config, rules.load(arguments.rules), str(arguments.rules))
     else:
@@ -332,8 +266,9 @@ def _duration(text: str) -> timedelta:
     return timedelta(**{units[match[2]]: int(match[1])})
 
 
-def _why(arguments: argparse.Namespace) -> int:
-    index = open_index(configuration.load(arguments.config))
+def why(arguments: argparse.Namespace) -> int:
+    """Tell why a series or study was paired as it was."""
+    index = open_index(configuration.load(arguments.config).database_url)
     state = index.status()
     rows = [r for r in state["series"] if arguments.uid in (r["series_instance_uid"], r["study_instance_uid"])]
     if not rows:
@@ -366,8 +301,9 @@ def _why(arguments: argparse.Namespace) -> int:
 # ── what a person decides ──
 
 
-def _settle(arguments: argparse.Namespace) -> int:
-    index = open_index(configuration.load(arguments.config))
+def settle(arguments: argparse.Namespace) -> int:
+    """List what the rules could not decide, or decide one item."""
+    index = open_index(configuration.load(arguments.config).database_url)
     if arguments.item is None:
         for item in index.work_items():
             print("\n".join(_item_lines(item)))

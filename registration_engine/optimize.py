@@ -207,10 +207,12 @@ def _force(level: Level, displacement: Tensor, preset: Preset, manner: Manner) -
     warped, weight = level.warped(displacement)
     fixed = level.fixed.image[0]
     value, slope = 0.0, torch.zeros_like(warped)
-    for share, (term, gradient) in (
-        (1 - manner.local_share, mutual_information(fixed, warped, weight, bins=preset.bins)),
-        (manner.local_share, local_correlation(fixed, warped, weight, width=preset.window)),
-    ):
+    found: list[tuple[float, tuple[float, Tensor]]] = []
+    if manner.local_share < 1:
+        found.append((1 - manner.local_share, mutual_information(fixed, warped, weight, bins=preset.bins)))
+    if manner.local_share > 0:
+        found.append((manner.local_share, local_correlation(fixed, warped, weight, width=preset.window)))
+    for share, (term, gradient) in found:
         value += share * term
         slope += share * gradient / gradient.square().mean().sqrt().clamp(min=1e-20)
     return value, slope * fields.gradient(warped[None], level.lattice.spacing_mm)

@@ -67,13 +67,14 @@ MAY_IMPORT = {
     "anatomy": set(),
     "phantom": {"anatomy"},
     "demo": {"phantom", "errors"},
+    "rules_parser": {"rules_cli"},
     "rules_cli": {
         "config", "errors", "findings", "index", "model", "pairing", "partners", "rules", "scopes", "trace", "volumes",
         "workflow",
     },
     "cli": {
         "archive", "config", "demo", "errors", "importing", "index", "indexer", "model", "rules", "rules_cli",
-        "service", "steps", "volumes", "workflow",
+        "rules_parser", "service", "steps", "volumes", "workflow",
     },
     "__main__": {"cli"},
     "__init__": set(),

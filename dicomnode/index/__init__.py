@@ -12,6 +12,9 @@ Law: every method is one transaction; database trouble leaves as LocalError; row
     jobs         stages, verdicts, products      deliveries           the ledger        status   all of it, to read
 """
 
+from pathlib import Path
+
+from dicomnode.errors import LocalError
 from dicomnode.index.commitments import Commitments
 from dicomnode.index.database import create_engine
 from dicomnode.index.deliveries import Deliveries
@@ -34,8 +37,28 @@ __all__ = [
     "PriorFetch",
     "Settled",
     "create_engine",
+    "open_index",
 ]
 
 
 class Index(Journal, Late, RuleSets, Pairs, Priors, Jobs, Deliveries, Commitments, Status):
     """What the node knows of patients, studies, series, instances, pairs, jobs, products and deliveries."""
+
+
+def open_index(url: str, *, create: bool = False) -> Index:
+    """The node's index, brought to this version's shape where `create`.
+
+    Raises
+    ------
+    LocalError
+        There is none yet.
+    """
+    file = Path(url.removeprefix("sqlite:///"))
+    if url.startswith("sqlite:///") and not file.exists():
+        if not create:
+            raise LocalError(f"{file}: no such database: the node has not run with this configuration")
+        file.parent.mkdir(parents=True, exist_ok=True)
+    index = Index(url)
+    if create:
+        index.migrate()
+    return index
