@@ -83,7 +83,9 @@ class ListeningNode:
         }
 
     def index_all(self) -> list[tuple[str, str]]:
-        """Empty the journal; (SOP Instance UID, digest) of everything that is held, one for each file that stands."""
+        """Kill and start it, empty the journal; (SOP Instance UID, digest) of all it holds, one for each file."""
+        self.kill()
+        self.start()  # what was acknowledged and had not reached the journal is recovered before it listens
         index, archive = Index(f"sqlite:///{self.folder}/node.db"), Archive(self.folder)
         indexer = Indexer(index, archive, instance_header)
         while indexer.run_once():

