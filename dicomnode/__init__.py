@@ -11,9 +11,10 @@
       → pairs           pairing       pure: rules + complete volumes → pairs, and for the rest the reason
       → job             workflow      pair and durable job in one transaction
     job claimed         workflow      in the worker process
-      → registration    steps         registration_engine.register
+      → registration    steps         registration_engine.register; job_folder: what lies from one step to the next
       → verdict         verdict       pure: accept · warn · reject
-      → objects         objects       pure: registered series, SRO, DSR; UIDs derived from the inputs
+      → objects         products      every object of every pair of the job that was not rejected
+                        objects       pure: registered series, SRO, DSR; UIDs derived from the inputs
       → deliveries      index         one row per (instance, destination)
     delivered           delivery      Storage SCU with back-off
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from dicomnode.model import Verdict
@@ -43,6 +45,19 @@ def judge(
         got = f"{max_error_mm:.2f} mm"
         return Verdict.WARN, f"grid error up to {got}, aimed at {tolerance_mm:.2f} mm: size limit"
     return Verdict.ACCEPT, ""
+
+
+def of_all(judged: Sequence[tuple[Verdict, str]]) -> tuple[Verdict, str]:
+    """The verdict on a job of one or several pairs: rejected only where every pair is."""
+    if len(judged) == 1:
+        return judged[0]
+    rejected = [reason for verdict, reason in judged if verdict == Verdict.REJECT]
+    if len(rejected) == len(judged):
+        return Verdict.REJECT, f"every phase was rejected, the first: {rejected[0]}"
+    if rejected:
+        return Verdict.WARN, f"{len(rejected)} of {len(judged)} phases were rejected, the first: {rejected[0]}"
+    warned = [reason for verdict, reason in judged if verdict == Verdict.WARN]
+    return (Verdict.WARN, warned[0]) if warned else (Verdict.ACCEPT, "")
 
 
 def folding_fraction(field: DisplacementField, fixed: Grid) -> float:

@@ -51,9 +51,11 @@ MAY_IMPORT = {
     "scheduler": {
         "archive", "completion", "derived", "errors", "index", "model", "pairing", "rules", "trace", "volumes",
     },
+    "job_folder": {"archive", "errors", "model", "objects", "registration_engine", "volumes"},
+    "products": {"job_folder", "model", "objects", "rules", "volumes"},
     "steps": {
-        "archive", "config", "errors", "index", "model", "objects", "rules", "verdict", "volumes", "findings", "scopes",
-        "registration_engine",
+        "archive", "config", "errors", "findings", "index", "job_folder", "model", "objects", "products", "rules",
+        "scopes", "verdict", "volumes", "registration_engine",
     },
     "workflow": {"errors", "index", "model"},
     "pacs_sources": {"errors", "index", "model", "part10"},

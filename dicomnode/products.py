@@ -1,0 +1,85 @@
+"""What a job makes: from its folder, its rule and how it was made, every object of every pair that was not rejected.
+
+Law: the same folder gives the same objects; nothing here asks the index, nor knows where anything is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from pydicom import Dataset
+
+from dicomnode import objects, volumes
+from dicomnode.job_folder import JobFolder, Result
+from dicomnode.model import Job, Verdict
+from dicomnode.objects import Provenance
+from dicomnode.rules import Rule
+
+
+@dataclass(frozen=True)
+class Maker:
+    """The objects of one job.
+
+    Parameters
+    ----------
+    folder
+        With the result of each pair that was registered, and the verdict on it (`verdicts.json`).
+    """
+
+    job: Job
+    rule: Rule
+    folder: JobFolder
+
+    def make(self) -> Iterator[tuple[str, Dataset]]:
+        """Kind and object, one at a time; with `series_4d` the series of all phases are one."""
+        rule, folder, order = self.rule, self.folder, self.folder.order
+        judged = folder.read_json("verdicts")
+        fixed = folder.source("fixed")
+        with_4d = "series_4d" in rule.outputs
+        outputs = [name for name in rule.outputs if name != "series_4d"] + (["series"] if with_4d else [])
+        outputs += ["sro_affine"] if rule.registration.affine_sro else []
+        digests = [digest for role in order for digest in folder.digests(role).values()]
+        accepted = [role for role in folder.moving_roles if judged[role][0] != Verdict.REJECT]
+        reference = self.provenance(folder.result(accepted[0]))
+        series_uid = objects.series_4d_uid(digests, reference)
+
+        def placed(dataset: Dataset, role: str) -> Dataset:
+            slices = fixed.grid.shape[0]
+            return objects.as_phase(
+                dataset, series_uid=series_uid, phase=order.index(role), phases=len(order), slices=slices
+            )
+
+        if with_4d:
+            report = folder.result(accepted[0]).registration.report
+            for dataset in objects.reference_phase(fixed, report, reference, store_in=rule.store_in):
+                yield "series", placed(dataset, "fixed")
+        for role in accepted:
+            result, moving = folder.result(role), folder.source(role)
+            for kind, dataset in objects.build(
+                fixed,
+                moving,
+                volumes.load(moving.datasets),
+                result.registration,
+                result.sampled,
+                outputs=outputs,
+                provenance=self.provenance(result),
+                warning=judged[role][1],
+                store_in=rule.store_in,
+            ):
+                yield kind, placed(dataset, role) if with_4d and kind == "series" else dataset
+
+    def provenance(self, result: Result) -> Provenance:
+        """How one pair's objects came about, as they tell it."""
+        report = result.registration.report
+        return Provenance(
+            rule_id=self.job.rule_id,
+            rule_version=self.job.rule_version,
+            preset=report.preset,
+            software_version=version("dicomnode"),
+            device_class=report.device.split(":")[0],
+            created_at=result.registered_at,
+            model_sha256=report.model_sha256,
+            parameters={"seed": report.seed, **self.rule.registration.parameters},
+        )
