@@ -25,7 +25,7 @@ from pynetdicom.presentation import PresentationContext, build_context
 
 from dicomnode.archive import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, Archive
 from dicomnode.errors import LocalError, NodeError, RefusedError, RemoteError, stack
-from dicomnode.index import Index
+from dicomnode.index import Attempt, Index
 from dicomnode.model import Delivery, DeliveryState, Destination, Instance
 
 log = logging.getLogger(__name__)
@@ -308,14 +308,15 @@ class DeliveryService:
     def _record(self, delivery: Delivery, result: Outcome, status: int | None = None) -> None:
         now = self._clock()
         waits = result.state is DeliveryState.WAITING
-        self._index.record_delivery(
+        attempt = Attempt(
             delivery.id,
             state=result.state,
             status=status,
             reason="" if result.state is DeliveryState.DELIVERED and status == 0 else result.meaning,
             next_attempt_at=next_attempt(delivery.attempts + 1, now=now) if waits else None,
-            now=now,
+            at=now,
         )
+        self._index.record_attempts([attempt])
         log.log(
             logging.INFO if result.state is DeliveryState.DELIVERED else logging.WARNING,
             "%s to %s: %s, status %s",

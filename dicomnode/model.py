@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 HeaderValue = str | float | int | list[str] | list[float] | list[int]
 """One public, non-sequence, non-bulk element's value; multi-valued elements are lists."""
@@ -59,7 +59,18 @@ class DeliveryState(StrEnum):
     DELIVERED = "delivered"
     """The destination answered with success or a storing warning."""
     FAILED = "failed"
-    """The destination refused for good; `reason` names the status. Never retried by itself."""
+    """The destination refused for good, or it was given up; `reason` says why. Never retried by itself."""
+    HELD = "held"
+    """Waits for a person, who releases it; `reason` says for what."""
+
+
+class DeliveryPriority(IntEnum):
+    """The order in which what is due goes to a destination."""
+
+    URGENT = 0
+    """Goes outside the destination's hours too."""
+    NORMAL = 1
+    OFF_PEAK = 2
 
 
 class Verdict(StrEnum):
@@ -383,6 +394,9 @@ class Delivery:
     status: int | None = None
     """The DIMSE status of the last answer, None where none came."""
     reason: str = ""
+    priority: int = DeliveryPriority.NORMAL
+    queued_at: datetime | None = None
+    """When a job or a person put it on its way; the destination's deadline counts from here."""
 
 
 @dataclass(frozen=True)

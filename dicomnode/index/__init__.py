@@ -17,7 +17,7 @@ from pathlib import Path
 from dicomnode.errors import LocalError
 from dicomnode.index.commitments import Commitments
 from dicomnode.index.database import create_engine
-from dicomnode.index.deliveries import Deliveries
+from dicomnode.index.deliveries import Attempt, Deliveries, Which
 from dicomnode.index.jobs import Jobs
 from dicomnode.index.journal import AssociationRecord, Journal, Settled
 from dicomnode.index.late import SUPERSEDED, Late
@@ -32,10 +32,12 @@ __all__ = [
     "SUPERSEDED",
     "Added",
     "AssociationRecord",
+    "Attempt",
     "Enqueue",
     "Index",
     "PriorFetch",
     "Settled",
+    "Which",
     "create_engine",
     "open_index",
 ]

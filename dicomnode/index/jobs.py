@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from dicomnode.index.database import Database, insert_new, stored_instance
 from dicomnode.index.tables import delivery, job, pair, product, series
-from dicomnode.model import DeliveryState, Job, JobState, Pair, Product, Verdict
+from dicomnode.model import DeliveryPriority, DeliveryState, Job, JobState, Pair, Product, Verdict
 
 
 class Jobs(Database):
@@ -108,8 +108,22 @@ class Jobs(Database):
             rows = connection.execute(sa.select(product).where(product.c.job_id == job_id).order_by(product.c.id))
             return [Product(job_id, row["kind"], stored_instance(row)) for row in rows.mappings()]
 
-    def enqueue_deliveries(self, job_id: str, destinations: Sequence[str], *, now: datetime) -> None:
-        """One delivery per (product, destination), once; the job is done with the same commit."""
+    def enqueue_deliveries(
+        self,
+        job_id: str,
+        destinations: Sequence[str],
+        *,
+        now: datetime,
+        priority: DeliveryPriority = DeliveryPriority.NORMAL,
+        held: str = "",
+    ) -> None:
+        """One delivery per (product, destination), once; the job is done with the same commit.
+
+        Parameters
+        ----------
+        held
+            Why none may be sent before `release_deliveries`; empty: they are due at once.
+        """
         with self._writing() as connection:
             for product_id in connection.scalars(sa.select(product.c.id).where(product.c.job_id == job_id)).all():
                 for name in destinations:
@@ -117,8 +131,10 @@ class Jobs(Database):
                         connection,
                         delivery,
                         {
-                            "product_id": product_id, "destination": name, "state": DeliveryState.WAITING,
-                            "attempts": 0, "reason": "", "next_attempt_at": now, "updated_at": now,
+                            "product_id": product_id, "destination": name,
+                            "state": DeliveryState.HELD if held else DeliveryState.WAITING, "attempts": 0,
+                            "reason": held, "next_attempt_at": now, "updated_at": now, "queued_at": now,
+                            "priority": priority,
                         },
                     )  # fmt: skip
             connection.execute(

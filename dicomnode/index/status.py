@@ -11,6 +11,7 @@ from dicomnode.index.tables import (
     association,
     commitment,
     delivery,
+    destination_hold,
     instance,
     job,
     journal,
@@ -89,6 +90,7 @@ class Status(Database):
             )
             .join(product, delivery.c.product_id == product.c.id)
             .order_by(delivery.c.id),
+            "held_destinations": sa.select(destination_hold).order_by(destination_hold.c.destination),
         }  # fmt: skip
         with self._reading() as connection:
             return {

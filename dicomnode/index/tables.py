@@ -284,6 +284,28 @@ delivery = sa.Table(
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("next_attempt_at", UtcDateTime, nullable=False),
     sa.Column("updated_at", UtcDateTime, nullable=False),
+    sa.Column("priority", sa.Integer, nullable=False, server_default="1"),  # 0 first
+    sa.Column("queued_at", UtcDateTime),  # when it was last put on its way by a job or a person
+    sa.Column("committed_at", UtcDateTime),
+    sa.Column("announced_at", UtcDateTime),
+    sa.Column("transaction_uid", UID, index=True),  # of the storage commitment asked for it last
     sa.UniqueConstraint("product_id", "destination"),
     sa.Index("ix_delivery_due", "destination", "state", "next_attempt_at"),
+)
+destination_hold = sa.Table(
+    "destination_hold",
+    METADATA,
+    sa.Column("destination", sa.String(64), primary_key=True),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("held_at", UtcDateTime, nullable=False),
+)
+commitment_request = sa.Table(
+    "commitment_request",
+    METADATA,
+    sa.Column("transaction_uid", UID, primary_key=True),
+    sa.Column("destination", sa.String(64), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False, index=True),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("expires_at", UtcDateTime, nullable=False),
 )

@@ -13,9 +13,10 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from dicomnode.errors import LocalError
-from dicomnode.index import Added, Index
+from dicomnode.index import Added, Attempt, Index, Which
 from dicomnode.index.tables import METADATA
 from dicomnode.model import (
+    DeliveryPriority,
     DeliveryState,
     Instance,
     InstanceHeader,
@@ -345,14 +346,93 @@ def test_a_delivered_instance_is_never_due_again_and_a_delayed_one_when_its_time
     sro, dsr = index.due_deliveries("pacs", now=NOW, limit=9)
     later = NOW + timedelta(seconds=30)
 
-    index.record_delivery(sro.id, state=DeliveryState.DELIVERED, status=0, reason="", next_attempt_at=None, now=NOW)
-    index.record_delivery(
-        dsr.id, state=DeliveryState.WAITING, status=0xA700, reason="full", next_attempt_at=later, now=NOW
+    index.record_attempts(
+        [
+            Attempt(sro.id, DeliveryState.DELIVERED, 0, "", None, NOW),
+            Attempt(dsr.id, DeliveryState.WAITING, 0xA700, "full", later, NOW),
+        ]
     )
 
     assert index.due_deliveries("pacs", now=NOW, limit=9) == []
     (due,) = index.due_deliveries("pacs", now=later, limit=9)
     assert (due.id, due.attempts, due.status, due.reason) == (dsr.id, 1, 0xA700, "full")
+
+
+def test_what_waits_for_a_person_is_not_due_before_it_is_released(index: Index) -> None:
+    job_id = make_job(index)
+    index.add_products([Product(job_id, "sro", stored("2.1")), Product(job_id, "dsr", stored("2.2"))])
+    index.enqueue_deliveries(job_id, ["pacs"], now=NOW, held="awaits approval")
+    assert index.due_deliveries("pacs", now=NOW, limit=9) == []
+    assert {(row["state"], row["reason"]) for row in index.status()["deliveries"]} == {("held", "awaits approval")}
+
+    assert index.release_deliveries(Which(job_id="other"), now=NOW) == 0
+    assert index.release_deliveries(Which(job_id=job_id, destination="pacs"), now=NOW) == 2
+
+    assert len(index.due_deliveries("pacs", now=NOW, limit=9)) == 2
+    assert index.undelivered(job_id) == 2
+
+
+def test_a_row_that_is_held_while_it_is_on_its_way_stays_held_unless_it_arrives(index: Index) -> None:
+    job_id = make_job(index)
+    index.add_products([Product(job_id, "sro", stored("2.1")), Product(job_id, "dsr", stored("2.2"))])
+    index.enqueue_deliveries(job_id, ["pacs"], now=NOW)
+    sro, dsr = index.due_deliveries("pacs", now=NOW, limit=9)
+    assert index.hold_deliveries(Which(job_id=job_id), "a person", now=NOW) == 2
+
+    index.record_attempts(
+        [
+            Attempt(sro.id, DeliveryState.DELIVERED, 0, "", None, NOW),
+            Attempt(dsr.id, DeliveryState.WAITING, 0xA700, "full", NOW, NOW),
+        ]
+    )
+
+    states = {row["sop_instance_uid"]: row["state"] for row in index.status()["deliveries"]}
+    assert states == {"2.1": "delivered", "2.2": "held"}
+    assert index.undelivered(job_id) == 1
+
+
+def test_nothing_is_due_at_a_destination_that_is_held(index: Index) -> None:
+    job_id = make_job(index)
+    index.add_products([Product(job_id, "sro", stored("2.1"))])
+    index.hold_destination("pacs", "moves house", now=NOW)
+    index.enqueue_deliveries(job_id, ["pacs", "archive"], now=NOW)
+
+    assert index.due_deliveries("pacs", now=NOW, limit=9) == []
+    assert len(index.due_deliveries("archive", now=NOW, limit=9)) == 1
+    assert index.release_destination("pacs")
+    assert not index.release_destination("pacs")
+    assert len(index.due_deliveries("pacs", now=NOW, limit=9)) == 1
+
+
+def test_what_failed_is_sent_again_where_a_person_asks_and_what_arrived_only_where_they_say_so(index: Index) -> None:
+    job_id = make_job(index)
+    index.add_products([Product(job_id, "sro", stored("2.1")), Product(job_id, "dsr", stored("2.2"))])
+    index.enqueue_deliveries(job_id, ["pacs"], now=NOW)
+    sro, dsr = index.due_deliveries("pacs", now=NOW, limit=9)
+    index.record_attempts(
+        [
+            Attempt(sro.id, DeliveryState.DELIVERED, 0, "", None, NOW),
+            Attempt(dsr.id, DeliveryState.FAILED, 0xC000, "cannot understand", None, NOW),
+        ]
+    )
+
+    assert index.resend_deliveries(Which(sop_instance_uid="2.1"), now=NOW) == 0
+    assert index.resend_deliveries(Which(job_id=job_id), now=NOW) == 1
+    (due,) = index.due_deliveries("pacs", now=NOW, limit=9)
+    assert (due.id, due.attempts, due.reason) == (dsr.id, 0, "")
+    assert index.resend_deliveries(Which(job_id=job_id), now=NOW, delivered=True) == 2
+
+
+def test_urgent_results_are_due_first_and_alone_where_asked(index: Index) -> None:
+    job_id = make_job(index)
+    index.add_products([Product(job_id, "sro", stored("2.1"))])
+    index.enqueue_deliveries(job_id, ["pacs"], now=NOW)
+    index.add_products([Product(job_id, "dsr", stored("2.2"))])
+    index.enqueue_deliveries(job_id, ["pacs"], now=NOW, priority=DeliveryPriority.URGENT)
+
+    assert [each.instance.sop_instance_uid for each in index.due_deliveries("pacs", now=NOW, limit=9)] == ["2.2", "2.1"]
+    (urgent,) = index.due_deliveries("pacs", now=NOW, limit=9, up_to=DeliveryPriority.URGENT)
+    assert urgent.instance.sop_instance_uid == "2.2"
 
 
 def test_our_own_products_coming_back_are_known_by_their_uids(index: Index) -> None:

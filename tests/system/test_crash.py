@@ -44,8 +44,8 @@ WORKING = [
 ]
 
 DELIVERING = [
-    "dicomnode.index.deliveries:Deliveries.record_delivery:before",
-    "dicomnode.index.deliveries:Deliveries.record_delivery:after",
+    "dicomnode.index.deliveries:Deliveries.record_attempts:before",
+    "dicomnode.index.deliveries:Deliveries.record_attempts:after",
 ]
 
 CASES = [RECEIVING, *WORKING, DELIVERING]
@@ -100,7 +100,7 @@ def test_on_postgresql_too_it_is_killed_and_delivers_exactly_what_a_node_on_sqli
         "dicomnode.index.pairs:Pairs.add_pairs:after",
         "dicomnode.index.jobs:Jobs.take_up_job:after",
         "dicomnode.steps:Steps.objects:after",
-        "dicomnode.index.deliveries:Deliveries.record_delivery:before",
+        "dicomnode.index.deliveries:Deliveries.record_attempts:before",
     ]
     with ReceivingSCP() as pacs:
         destinations = [("pacs", "PACS", pacs.port)]
