@@ -12,7 +12,8 @@
       → job             workflow      pair and durable job in one transaction
     job claimed         workflow      in the worker process
       → registration    steps         registration_engine.register; job_folder: what lies from one step to the next
-      → verdict         verdict       pure: accept · warn · reject
+      → verdict         quality       pure: figures and maps of one registration, on the field that is delivered
+                       verdict       pure: accept · warn · reject
       → objects         products      every object of every pair of the job that was not rejected
                         objects       pure: registered series, SRO, DSR; UIDs derived from the inputs
       → deliveries      index         one row per (instance, destination)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from registration_engine import training_cli
 from registration_engine.dynamic import reference_number, region_mean, register_4d
@@ -27,11 +26,11 @@ from registration_engine.errors import (
     RegistrationError,
 )
 from registration_engine.files import VolumeFiles, read_field, read_volume, write_field, write_volume
-from registration_engine.prepare import prepared
+from registration_engine.prepare import body
 from registration_engine.presets import PRESETS
 from registration_engine.report import evaluate, read_landmarks, write_evaluation, write_uptake
 from registration_engine.resampling import warp
-from registration_engine.volume import DisplacementField, Volume
+from registration_engine.volume import Volume
 
 DONE, FAILED, BAD_INPUT, NO_PLAUSIBLE_RESULT = 0, 1, 2, 3
 
@@ -152,9 +151,8 @@ def _region(fixed: Volume, mask: Path | None) -> npt.NDArray[np.bool_]:
     """Where to measure: the mask, or the body as the engine sees it."""
     given = read_volume(mask) if mask else None
     if given is None:
-        return np.asarray(prepared(fixed, None, "Fixed", torch.device("cpu")).foreground[0].numpy() > 0)
-    still = DisplacementField(np.zeros((*fixed.grid.shape, 3), np.float32), fixed.grid)
-    return np.asarray(warp(given, still, fixed.grid, interpolation="nearest").voxels > 0)
+        return body(fixed)
+    return np.asarray(warp(given, None, fixed.grid, interpolation="nearest").voxels > 0)
 
 
 def _tell_stage(phase: int, stage: str, part: float) -> None:

@@ -129,6 +129,11 @@ def prepared(volume: Volume, mask: Volume | None, name: str, device: torch.devic
     return Prepared(volume.grid, image, valid, body)
 
 
+def body(volume: Volume) -> npt.NDArray[np.bool_]:
+    """The foreground (Z, Y, X) of a fixed image: what is measured over. Raises what `prepared` does."""
+    return np.asarray(prepared(volume, None, "Fixed", torch.device("cpu")).foreground[0].numpy() > 0)
+
+
 def _range(voxels: npt.NDArray[np.float32]) -> tuple[float, float]:
     low, high = np.percentile(_thinned(voxels), [_LOW, _HIGH])
     # A small bright object in an empty image has no percentiles of its own.

@@ -21,7 +21,7 @@ from registration_engine import evaluation, pictures
 from registration_engine.errors import InvalidRequestError, InvalidVolumeError
 from registration_engine.evaluation import Mask, Points
 from registration_engine.patches import patch_mutual_information
-from registration_engine.resampling import Interpolation, warp
+from registration_engine.resampling import Interpolation, reached, warp
 from registration_engine.volume import DisplacementField, Volume
 
 _PLANES: tuple[pictures.Plane, ...] = ("axial", "coronal", "sagittal")
@@ -117,11 +117,10 @@ def evaluate(
         raise InvalidVolumeError(
             f"Field: got a grid of shape {field.grid.shape}, expected the fixed image's of shape {fixed.grid.shape}"
         )
-    still = DisplacementField(np.zeros_like(field.vectors), fixed.grid)
     outside = float(moving.voxels.min())
-    unmoved, registered = (warp(moving, f, fixed.grid, outside=outside) for f in (still, field))
-    domain = region & _seen(moving, field)
-    both = domain & _seen(moving, still)
+    unmoved, registered = (warp(moving, f, fixed.grid, outside=outside) for f in (None, field))
+    domain = region & reached(moving.grid, field, fixed.grid)
+    both = domain & reached(moving.grid, None, fixed.grid)
     # Without overlap at the start there is nothing to compare with.
     domain = both if both.any() else domain
     maps = [patch_mutual_information(fixed.voxels, v.voxels, domain) for v in (unmoved, registered)]
@@ -142,12 +141,13 @@ def evaluate(
     measures["inverse_consistency_95_mm"] = (nan, float(np.percentile(consistency, 95)))
     overlaps = {}
     if labels is not None:
-        overlaps = _overlaps(fixed, labels, (still, field))
+        overlaps = _overlaps(fixed, labels, field)
         for name in ("dice", "iou", "hd95_mm"):
             measures[f"mean_{name}"] = tuple(  # type: ignore[assignment]
                 _mean(np.array([getattr(pair[n], name) for pair in overlaps.values()])) for n in (0, 1)
             )
     if landmarks_mm is not None:
+        still = DisplacementField(np.zeros_like(field.vectors), fixed.grid)
         errors = [evaluation.landmark_errors(f, *landmarks_mm) for f in (still, field)]
         measures["tre_mm"] = (float(errors[0].mean()), float(errors[1].mean()))
         measures["tre_95_mm"] = (float(np.percentile(errors[0], 95)), float(np.percentile(errors[1], 95)))
@@ -266,11 +266,11 @@ def read_landmarks(path: Path) -> tuple[Points, Points]:
 
 
 def _overlaps(
-    fixed: Volume, labels: tuple[Volume, Volume], fields: Sequence[DisplacementField]
+    fixed: Volume, labels: tuple[Volume, Volume], field: DisplacementField
 ) -> dict[int, tuple[evaluation.Overlap, evaluation.Overlap]]:
     nearest: Interpolation = "nearest"
-    on_fixed = warp(labels[0], fields[0], fixed.grid, interpolation=nearest).voxels
-    moved = [warp(labels[1], f, fixed.grid, interpolation=nearest).voxels for f in fields]
+    on_fixed = warp(labels[0], None, fixed.grid, interpolation=nearest).voxels
+    moved = [warp(labels[1], f, fixed.grid, interpolation=nearest).voxels for f in (None, field)]
     # A label of one image alone says nothing about the registration.
     shared = np.intersect1d(np.unique(labels[0].voxels), np.unique(labels[1].voxels)).astype(int)
     wanted = [int(n) for n in shared if n > 0]
@@ -280,12 +280,6 @@ def _overlaps(
         {o.label: o for o in evaluation.label_overlaps(on_fixed, m, fixed.grid.spacing_mm, wanted)} for m in moved
     )
     return {label: (before[label], after[label]) for label in wanted if label in before and label in after}
-
-
-def _seen(moving: Volume, field: DisplacementField) -> Mask:
-    """Fixed voxels whose place lies within the moving image."""
-    ones = Volume(np.ones(moving.grid.shape, np.float32), moving.grid)
-    return np.asarray(warp(ones, field, field.grid, interpolation="nearest").voxels > 0)
 
 
 def _mean(values: npt.NDArray[Any]) -> float:

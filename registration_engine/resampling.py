@@ -17,7 +17,7 @@ Interpolation = Literal["linear", "nearest"]
 
 def warp(
     moving: Volume,
-    field: DisplacementField,
+    field: DisplacementField | None,
     onto: Grid,
     *,
     outside: float = 0.0,
@@ -31,13 +31,13 @@ def warp(
     Parameters
     ----------
     field
-        Total displacement, linear part included; trilinear between its vectors.
+        Total displacement, linear part included; trilinear between its vectors. None: the image where it lies.
     outside
         Value of points outside the moving image.
     """
     sitk = simpleitk()
     interpolators = {"linear": sitk.sitkLinear, "nearest": sitk.sitkNearestNeighbor}
-    transform = sitk.DisplacementFieldTransform(field_image(field))
+    transform = sitk.Transform() if field is None else sitk.DisplacementFieldTransform(field_image(field))
     resampled = sitk.Resample(
         image_of(moving.voxels, moving.grid),
         onto.shape[::-1],
@@ -48,6 +48,12 @@ def warp(
         sitk.sitkFloat32,
     )
     return Volume(sitk.GetArrayFromImage(resampled), onto)
+
+
+def reached(moving: Grid, field: DisplacementField | None, onto: Grid) -> npt.NDArray[np.bool_]:
+    """The voxels (Z, Y, X) of a grid whose place, through a field, lies within an image of grid `moving`."""
+    ones = Volume(np.ones(moving.shape, np.float32), moving)
+    return np.asarray(warp(ones, field, onto, interpolation="nearest").voxels > 0)
 
 
 def image_of(voxels: npt.NDArray[Any], grid: Grid) -> Any:
