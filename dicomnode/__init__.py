@@ -13,7 +13,7 @@
     job claimed         workflow      in the worker process
       → registration    steps         registration_engine.register; job_folder: what lies from one step to the next
       → verdict         quality       pure: figures and maps of one registration, on the field that is delivered
-                       verdict       pure: accept · warn · reject
+                        verdict       pure: accept · warn · reject
       → objects         products      every object of every pair of the job that was not rejected
                         objects       pure: registered series, SRO, DSR; UIDs derived from the inputs
       → deliveries      index         one row per (instance, destination)

@@ -203,34 +203,64 @@ def registration_object(
     label, text
         Content Label and Content Description.
     """
+    dataset = own_object(
+        subject, sop_class_uid, kind, modality="REG", number=number, description=pair_description(subject)
+    )
+    set_frame_of_reference(dataset, subject)
+    identify_content(dataset, label, text)
+    return dataset
+
+
+def own_object(
+    subject: Subject, sop_class_uid: UID, kind: str, *, modality: str, number: int, description: str, index: int = 0
+) -> Dataset:
+    """Patient, study, series, equipment and references of an object that only this software makes.
+
+    Parameters
+    ----------
+    number
+        Added to the moving series' number.
+    description
+        Series Description.
+    index
+        Of the instance within its series, from 0.
+    """
     fixed = subject.fixed.first
-    dataset = new_dataset(sop_class_uid, subject.uid(kind))
+    dataset = new_dataset(sop_class_uid, subject.uid(kind, index))
     copy_patient_and_study(subject.home, dataset)
     set_times(dataset, fixed, subject.provenance.created_at)
     dataset.SpecificCharacterSet = character_set(subject)
     dataset.SeriesInstanceUID = subject.uid(f"{kind} series")
     dataset.SeriesNumber = series_number(subject.moving.first, number)
-    dataset.SeriesDescription = pair_description(subject)
-    dataset.Modality = "REG"
+    dataset.SeriesDescription = description
+    dataset.Modality = modality
     # PS3.3 C.7.3.1: Laterality is 2C where the body part is paired and unsaid
     if fixed.get("BodyPartExamined"):
         dataset.BodyPartExamined = fixed.BodyPartExamined
     else:
         dataset.Laterality = fixed.get("Laterality") or ""
-    dataset.FrameOfReferenceUID = subject.fixed.frame_of_reference_uid
-    dataset.PositionReferenceIndicator = fixed.get("PositionReferenceIndicator") or ""
     dataset.Manufacturer = SOFTWARE_NAME
     dataset.ManufacturerModelName = SOFTWARE_NAME
     dataset.DeviceSerialNumber = subject.provenance.software_version
     dataset.SoftwareVersions = software_versions(subject.provenance)
     dataset.ContributingEquipmentSequence = [contributing_equipment(subject, dataset)]
-    dataset.InstanceNumber = 1
-    dataset.ContentLabel = label
-    dataset.ContentDescription = long_string(text)
-    dataset.ContentCreatorName = ""
+    dataset.InstanceNumber = index + 1
     refer(dataset, [(series.first, series.references()) for series in (subject.fixed, subject.moving)])
     dataset.remove_private_tags()  # those within copied sequences
     return dataset
+
+
+def set_frame_of_reference(dataset: Dataset, subject: Subject) -> None:
+    """The Frame of Reference module: the fixed series'."""
+    dataset.FrameOfReferenceUID = subject.fixed.frame_of_reference_uid
+    dataset.PositionReferenceIndicator = subject.fixed.first.get("PositionReferenceIndicator") or ""
+
+
+def identify_content(dataset: Dataset, label: str, text: str) -> None:
+    """Content Label, Content Description and an empty Content Creator's Name."""
+    dataset.ContentLabel = label
+    dataset.ContentDescription = long_string(text)
+    dataset.ContentCreatorName = ""
 
 
 def _day(dataset: Dataset) -> tuple[str, str]:
