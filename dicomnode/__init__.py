@@ -11,7 +11,7 @@
       → pairs           pairing       pure: rules + complete volumes → pairs, and for the rest the reason
       → job             workflow      pair and durable job in one transaction
     job claimed         workflow      in the worker process
-      → registration    steps         registration_engine.register; job_folder: what lies from one step to the next
+      → registration    registering   registration_engine.register; job_folder: what lies from one step to the next
       → verdict         quality       pure: figures and maps of one registration, on the field that is delivered
                         verdict       pure: accept · warn · reject
       → objects         products      every object of every pair of the job that was not rejected
@@ -22,6 +22,8 @@
     config, document, rules, conditions, vocabulary, derived   what an administrator writes, and what it means
     scopes, partners → findings → reasons, trace               what a rule looks among, what it saw, and in words
     priors fetched      retrieve      C-FIND, C-MOVE or C-GET, QIDO and WADO, for rules that need an earlier examination
+
+    reproduce           a job's results once more, into a folder, and what differs
 
     commitment          Storage Commitment SCP
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dicomnode import config as configuration
-from dicomnode import rules_parser
+from dicomnode import jobs_parser, rules_parser
 from dicomnode.errors import ConfigError, NodeError
 
 log = logging.getLogger("dicomnode")
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     config_option(status)
     status.add_argument("--json", action="store_true", help="print JSON")
     rules_parser.add_commands(commands)
+    jobs_parser.add_commands(commands)
     demo = command("demo", _demo, "run the whole line on a generated study, against a stand-in PACS")
     demo.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="folder for what it makes")
     return parser

@@ -9,41 +9,25 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
 
-import registration_engine
-from dicomnode import objects, rules, volumes
+from dicomnode import rules, volumes
 from dicomnode.archive import Archive
 from dicomnode.config import Config
 from dicomnode.errors import RegistrationRejectedError, StudyError
 from dicomnode.findings import keys_of
 from dicomnode.index import SUPERSEDED, Index
-from dicomnode.job_folder import JobFolder, Result
+from dicomnode.job_folder import JobFolder
 from dicomnode.model import JobState, Product, Verdict
 from dicomnode.products import Maker
+from dicomnode.registering import judge_pairs, provenance, register
 from dicomnode.rules import Rule
 from dicomnode.scopes import in_time, key_of
-from dicomnode.verdict import judge, of_all
-from registration_engine import Preset, Volume
-from registration_engine.dynamic import register_4d
+from registration_engine import PRESETS, Preset
 
 PROGRESS_EVERY_S = 1.0
-
-
-class _Phases(Sequence[Volume]):
-    """The phases of a dynamic series, each read when it is asked for."""
-
-    def __init__(self, roles: Sequence[str], load: Callable[[str], Volume]) -> None:
-        self._roles, self._load = roles, load
-
-    def __len__(self) -> int:
-        return len(self._roles)
-
-    def __getitem__(self, number: Any) -> Any:
-        return self._load(self._roles[number])
 
 
 class Steps:
@@ -103,46 +87,16 @@ class Steps:
 
     def registration(self, job_id: str) -> None:
         """Register, and sample each result on the very grid that will be delivered."""
-        folder = self._folder(job_id)
-        if len(folder.order) > 2:
-            self._register_phases(job_id, folder)
-            return
-        fixed, moving = (volumes.load(folder.datasets(role)) for role in ("fixed", "moving"))
-        try:
-            registration = registration_engine.register(
-                fixed,
-                moving,
-                preset=self._preset(job_id),
-                device=self._config.worker.device,
-                progress=self._progress(job_id),
-            )
-        except registration_engine.ImplausibleResultError as error:
-            raise RegistrationRejectedError(str(error)) from error
-        except registration_engine.RegistrationError as error:
-            raise StudyError(str(error)) from error
-        folder.write_result(Result(registration, objects.sample_grid(registration), datetime.now(UTC)))
+        device, progress = self._config.worker.device, self._progress(job_id)
+        register(self._folder(job_id), preset=self._preset(job_id), device=device, progress=progress)
 
     def verdict(self, job_id: str) -> None:
         """Judge what would be delivered; stop here if it must not be. Of a dynamic series each phase stands alone."""
         folder = self._folder(job_id)
-        moving, failed = folder.moving_roles, folder.read_json("failed")
-        judged: dict[str, tuple[Verdict, str]] = {role: (Verdict.REJECT, reason) for role, reason in failed.items()}
-        reports = {}
-        for role in moving:
-            if role in failed:
-                continue
-            result = folder.result(role)
-            sampled = result.sampled
-            judged[role] = judge(
-                result.registration, sampled.field, max_error_mm=sampled.max_error_mm, tolerance_mm=sampled.tolerance_mm
-            )
-            reports[role] = result.registration.report.as_dict()
-        verdict, reason = of_all([judged[role] for role in moving])
-        report = reports[moving[0]] if len(moving) == 1 else {"phases": [reports.get(role) for role in moving]}
-        self._index.judge_job(job_id, verdict, reason, report)
+        verdict, reason, report = judge_pairs(folder)
+        self._index.judge_job(job_id, verdict, reason, report, provenance=provenance(folder))
         if verdict is Verdict.REJECT:
             raise RegistrationRejectedError(reason)
-        folder.write_json("verdicts", judged)
 
     def objects(self, job_id: str) -> None:
         """Make the objects and keep them; what is kept and committed already is never made again."""
@@ -163,35 +117,13 @@ class Steps:
         self._index.enqueue_deliveries(job_id, names, now=datetime.now(UTC))
         self._folder(job_id).remove()
 
-    def _register_phases(self, job_id: str, folder: JobFolder) -> None:
-        """All phases of a dynamic series onto its reference, each from what its neighbour found."""
-        order, preset = folder.order, self._preset(job_id)
-        note = self._progress(job_id)
-        phases = _Phases(order, lambda role: volumes.load(folder.datasets(role)))
-        failed: dict[str, str] = {}
-        try:
-            for done, phase in enumerate(
-                register_4d(phases, reference=order.index("fixed"), preset=preset, device=self._config.worker.device),
-                start=1,
-            ):
-                role = order[phase.number]
-                if phase.registration is None:
-                    failed[role] = f"phase {phase.number}: {phase.error}"
-                else:
-                    sampled = objects.sample_grid(phase.registration)
-                    folder.write_result(Result(phase.registration, sampled, datetime.now(UTC)), role)
-                note("phases", done / (len(order) - 1))
-        except registration_engine.RegistrationError as error:
-            raise StudyError(str(error)) from error
-        folder.write_json("failed", failed)
-
     def _folder(self, job_id: str) -> JobFolder:
         return JobFolder(self._jobs / job_id, self._archive)
 
     def _preset(self, job_id: str) -> Preset:
         """The rule's preset, or the node's, with the rule's own parameters."""
         rule = self._rule(job_id)
-        preset = registration_engine.PRESETS[rule.preset(self._config.worker.preset)]
+        preset = PRESETS[rule.preset(self._config.worker.preset)]
         return replace(preset, **rule.registration.parameters)
 
     def _rule(self, job_id: str) -> Rule:

@@ -148,7 +148,7 @@ class Worker:
         self._durable = {
             name: DBOS.step(
                 name=name, retries_allowed=True, max_attempts=5, interval_seconds=1.0, should_retry=_is_local
-            )(_outcome_of(step))
+            )(outcome_of(step))
             for name, step in self._steps.items()
         }
         DBOS.listen_queues([QUEUE])
@@ -210,7 +210,7 @@ class Worker:
             return {"state": JobState.FAILED, "reason": f"{name}: {error}"}
 
 
-def _outcome_of(step: Step) -> Callable[[str], dict[str, str]]:
+def outcome_of(step: Step) -> Callable[[str], dict[str, str]]:
     """Turn a step's refusal into a plain value: an exception would come back from a checkpoint without its type."""
 
     def run(job_id: str) -> dict[str, str]:

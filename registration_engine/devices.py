@@ -28,3 +28,11 @@ def device_named(name: str) -> torch.device:
             f"Device: got {name!r}, expected auto, cpu or one of {torch.cuda.device_count()} cuda"
         )
     return device
+
+
+def describe_device(name: str) -> str:
+    """What decides the last bits of a result: the accelerator's model, or the processor's vector unit and threads."""
+    device = device_named(name)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"

@@ -12,9 +12,11 @@ import sqlalchemy as sa
 import yaml
 from pydicom import Dataset
 
+from dicomnode import config as configuration
 from dicomnode import rules, volumes
 from dicomnode.archive import Archive
 from dicomnode.index import Index
+from dicomnode.model import JobState
 from dicomnode.scheduler import Scheduler
 
 # The command line may be asked for local time.
@@ -64,6 +66,19 @@ class Held:
     def enqueue(self, _connection: sa.Connection, job_id: str, due: datetime) -> None:
         """Note a job."""
         self.queued.append((job_id, due))
+
+    def run(self, job_id: str) -> str:
+        """Take a job through every step in this process, as a worker does; its state after that."""
+        from dicomnode.steps import Steps
+        from dicomnode.workflow import outcome_of
+
+        steps = Steps(configuration.load(self.config), self.index, self.archive)
+        for step in steps.in_order().values():
+            outcome = outcome_of(step)(job_id)
+            if outcome:
+                self.index.finish_job(job_id, JobState(outcome["state"]), outcome["reason"], now=datetime.now(UTC))
+                break
+        return str(self.index.job(job_id).state)
 
     def tick(self) -> None:
         """Let a fresh scheduler do all that is due."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -36,6 +38,12 @@ class Jobs(Database):
             row = connection.execute(query).one()
         verdict = None if row[8] is None else Verdict(row[8])
         return Job(*row[:5], JobState(row[5]), row[6], row[7], verdict, *row[9:])
+
+    def jobs_like(self, beginning: str) -> list[str]:
+        """The ids of all jobs that begin so; the one job, where `beginning` is a whole id."""
+        query = sa.select(job.c.id).where(job.c.id.startswith(beginning, autoescape=True)).order_by(job.c.id)
+        with self._reading() as connection:
+            return list(connection.scalars(query))
 
     def pairs_of_job(self, job_id: str) -> list[Pair]:
         """Every pair that the job registers; all have one fixed volume."""
@@ -82,12 +90,26 @@ class Jobs(Database):
         with self._writing() as connection:
             connection.execute(job.update().where(job.c.id == job_id).values(progress=progress))
 
-    def judge_job(self, job_id: str, verdict: Verdict, reason: str, report: Mapping[str, Any]) -> None:
-        """Record the verdict with the engine's report."""
+    def judge_job(
+        self,
+        job_id: str,
+        verdict: Verdict,
+        reason: str,
+        report: Mapping[str, Any],
+        *,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Record the verdict with the engine's report, and what a person must know to come to it again."""
+        packed = None if provenance is None else zlib.compress(json.dumps(provenance, separators=(",", ":")).encode())
+        values = {"verdict": verdict, "reason": reason, "report": dict(report), "provenance": packed}
         with self._writing() as connection:
-            connection.execute(
-                job.update().where(job.c.id == job_id).values(verdict=verdict, reason=reason, report=dict(report))
-            )
+            connection.execute(job.update().where(job.c.id == job_id).values(values))
+
+    def provenance(self, job_id: str) -> dict[str, Any] | None:
+        """How the job came to its results, as `judge_job` was told; None where it has not come so far."""
+        with self._reading() as connection:
+            packed = connection.scalar(sa.select(job.c.provenance).where(job.c.id == job_id))
+        return None if packed is None else dict(json.loads(zlib.decompress(packed)))
 
     def finish_job(self, job_id: str, state: JobState, reason: str, *, now: datetime) -> None:
         """Close a job: done, rejected, failed or cancelled."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from enum import StrEnum
@@ -199,6 +199,16 @@ class Receiving(Database):
             raise LocalError(f"series {series_instance_uid} has no volume {volume_number} in the index")
         stored = {each.sop_instance_uid: each for each in self.instances_of(series_instance_uid)}
         return [(stored[uid], tuple(frames)) for uid, frames in members]
+
+    def stored(self, sop_instance_uids: Collection[str]) -> dict[str, Instance]:
+        """Those of the received instances that are here, by SOP Instance UID."""
+        found: dict[str, Instance] = {}
+        wanted = sorted(sop_instance_uids)
+        with self._reading() as connection:
+            for first in range(0, len(wanted), 500):  # SQLite bounds the parameters of a statement
+                some = sa.select(instance).where(instance.c.sop_instance_uid.in_(wanted[first : first + 500]))
+                found |= {row["sop_instance_uid"]: stored_instance(row) for row in connection.execute(some).mappings()}
+        return found
 
     def is_own_output(self, series_instance_uid: str) -> bool:
         """Whether the series carries our mark, or one of its instances is a product of ours."""

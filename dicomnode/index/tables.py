@@ -261,6 +261,7 @@ job = sa.Table(
     sa.Column("verdict", sa.String(16)),
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("report", sa.JSON, nullable=False),
+    sa.Column("provenance", sa.LargeBinary),  # compressed JSON
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("finished_at", UtcDateTime),
 )
@@ -289,6 +290,7 @@ delivery = sa.Table(
     sa.Column("committed_at", UtcDateTime),
     sa.Column("announced_at", UtcDateTime),
     sa.Column("transaction_uid", UID, index=True),  # of the storage commitment asked for it last
+    sa.Column("withdrawn_at", UtcDateTime),  # when a rejection note for it was put on its way
     sa.UniqueConstraint("product_id", "destination"),
     sa.Index("ix_delivery_due", "destination", "state", "next_attempt_at"),
 )
