@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: campaigns dynamic never-worse bench-receive bench-registration demo test lint install clean
+.PHONY: campaigns dynamic gate never-worse bench-receive bench-registration demo test lint install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dicomnode demo --out demo-out
@@ -44,6 +44,10 @@ bench-receive: $(VENV)/.tested
 # A dynamic series of 30 phases as one job, delivered both ways: a quarter of an hour.
 dynamic: $(VENV)/.tested
 	PHASES=30 $(BIN)/pytest --timeout 2400 tests/system/test_dynamic.py
+
+# Every kind of object in all 192 cases, read by everything that reads them: a quarter of an hour.
+gate: $(VENV)/.tested
+	GATE=full $(BIN)/pytest -p no:randomly tests/gate
 
 # 500 random pairs and 20 hopeless ones: about an hour.
 never-worse: $(VENV)/.tested

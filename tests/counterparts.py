@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -25,13 +26,13 @@ Matrix = npt.NDArray[np.float64]
 
 
 def dciodvfy_errors(paths: Iterable[Path]) -> set[str]:
-    """Every distinct line that `dciodvfy -new` starts with Error, over all files."""
+    """Every distinct line that `dciodvfy -new` starts with Error, over all files; numbers of items left out."""
     dciodvfy = tool("dciodvfy", "dicom3tools")
     lines: list[str] = []
     for path in paths:
         done = subprocess.run([dciodvfy, "-new", path], capture_output=True, text=True, check=False)
         lines += (done.stdout + done.stderr).splitlines()
-    return {line for line in lines if line.startswith("Error")}
+    return {re.sub(r"\[\d+\]", "[]", line) for line in lines if line.startswith("Error")}
 
 
 def dcentvfy_complaints(paths: Iterable[Path]) -> str:
@@ -79,12 +80,12 @@ def displacements_at(field: DisplacementField, points_mm: Matrix) -> Matrix:
 
 
 def resampled(
-    moving: Sequence[Path], field: DisplacementField, fixed: Sequence[Path], *, outside: float
+    moving: Sequence[Path], field: DisplacementField, onto: SimpleITK.Image, *, outside: float
 ) -> SimpleITK.Image:
-    """The original moving DICOM on the fixed DICOM's grid through a field: read and resampled by SimpleITK alone."""
+    """The original moving DICOM on an image's grid through a field: read and resampled by SimpleITK alone."""
     return SimpleITK.Resample(
         read_series(moving),
-        read_series(fixed),
+        onto,
         transform_of(field),
         SimpleITK.sitkLinear,
         outside,
@@ -92,8 +93,17 @@ def resampled(
     )
 
 
+def stored_unit(dataset: Dataset) -> float:
+    """What one stored unit of an image is worth."""
+    for groups in dataset.get("SharedFunctionalGroupsSequence") or []:
+        return float(groups.PixelValueTransformationSequence[0].RescaleSlope)
+    return float(dataset.get("RescaleSlope", 1))
+
+
 def read_series(paths: Sequence[Path]) -> SimpleITK.Image:
-    """A series by ITK's GDCM reader, slices in ascending position."""
+    """A series by ITK's GDCM reader, slices in ascending position; or one multi-frame instance."""
+    if len(paths) == 1:
+        return SimpleITK.ReadImage(str(paths[0]), SimpleITK.sitkFloat64)
     headers = {path: dcmread(path, stop_before_pixels=True) for path in paths}
     row, column = np.reshape(np.array(headers[paths[0]].ImageOrientationPatient, dtype=float), (2, 3))
     normal = np.cross(row, column)

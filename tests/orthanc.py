@@ -82,6 +82,14 @@ class Orthanc:
             for each in self.get_json("/instances")
         }
 
+    def identifier(self, sop_instance_uid: str) -> str:
+        """Orthanc's identifier of one instance."""
+        url = f"http://127.0.0.1:{self.http_port}/tools/lookup"
+        request = urllib.request.Request(url, data=sop_instance_uid.encode(), method="POST")
+        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310 - our own server
+            (found,) = json.load(answer)
+        return str(found["ID"])
+
     def download(self, identifier: str, path: Path) -> Path:
         """Write the file as Orthanc holds it."""
         path.write_bytes(self._get(f"/instances/{identifier}/file"))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, PositronEmissionTomographyImageStorage
 from pydicom.valuerep import DSfloat
 
 SHAPE = (20, 48, 56)
@@ -28,6 +28,13 @@ _ORGANS = (
     ((0, 48, 0), (18, 16, 400), 420.0, 150.0, {}),  # spine
     ((-20, 5, 60), (45, 45, 28), -750.0, 40.0, {}),  # base of the right lung
 )
+_CLASSES = {"CT": CTImageStorage, "MR": MRImageStorage, "PT": PositronEmissionTomographyImageStorage}
+POSITIONS = {
+    "HFS": np.eye(3),
+    "FFP": np.diag([1.0, -1.0, -1.0]),
+    "HFDL": np.array([[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]),
+}
+"""How the gantry's axes (right, down, in) lie in the patient, LPS columns, PS3.3 C.7.3.1.1.2."""
 _OBLIQUE = (math.cos(0.35), math.sin(0.35), 0.0, -math.sin(0.35) * 0.8, math.cos(0.35) * 0.8, 0.6)
 
 
@@ -39,24 +46,28 @@ def make_series(
     shape: tuple[int, int, int] = SHAPE,
     spacing_mm: tuple[float, float, float] = SPACING_MM,
     oblique: bool = False,
+    position: str = "HFS",
     patient_id: str = "PHANTOM",
     study: str = "study",
     frame_of_reference: str | None = None,
     seed: int = 0,
     header: Mapping[str, Any] | None = None,
 ) -> list[FileDataset]:
-    """One axial (or oblique) single-frame CT or MR series, in the order of its slices.
+    """One axial (or oblique) single-frame CT, MR or PET series, in the order of its slices.
 
     Parameters
     ----------
     modality
-        CT (signed 16 bit, slope 1, intercept -1024) or MR (unsigned 12 bit, no rescale).
+        CT (signed 16 bit, slope 1, intercept -1024), MR (unsigned 12 bit, no rescale) or PT (Bq/ml, unsigned 16 bit,
+        a slope of its own in each slice).
     phase
         native, arterial or portal: what contrast agent brightens, and what the header says of it.
     shift_mm
         The body lies this much further along LPS (x, y, z), so x_moving = x_fixed + shift_mm.
     shape, spacing_mm
         (slices, rows, columns) and their distances.
+    position
+        HFS, FFP or HFDL: the planes turn with the patient, who stays where LPS has him.
     patient_id, study, frame_of_reference
         Names that UIDs are made from: equal names give equal UIDs. `frame_of_reference` defaults to the study's.
     seed
@@ -64,9 +75,9 @@ def make_series(
     header
         Elements to set on every instance, by keyword; None removes the element.
     """
-    affine = _affine(shape, spacing_mm, oblique)
+    affine = _affine(shape, spacing_mm, oblique, position)
     stored = _stored(modality, _body(shape, affine, modality, phase, shift_mm, seed))
-    identity = (modality, phase, tuple(shift_mm), shape, spacing_mm, oblique, patient_id, study, seed)
+    identity = (modality, phase, tuple(shift_mm), shape, spacing_mm, oblique, position, patient_id, study, seed)
     series_uid = make_uid("series", *identity, frame_of_reference, sorted((header or {}).items(), key=str))
     datasets = []
     for k in range(shape[0]):
@@ -82,9 +93,19 @@ def make_series(
         dataset.Rows, dataset.Columns = shape[1:]
         dataset.PixelSpacing = list(spacing_mm[1:])
         dataset.SliceThickness = spacing_mm[0]
+        dataset.PatientPosition = position
         directions = affine[:3, :3] / spacing_mm
         dataset.ImageOrientationPatient = [_ds(v) for v in (*directions[:, 2], *directions[:, 1])]
         dataset.ImagePositionPatient = [_ds(v) for v in affine[:3] @ [k, 0, 0, 1]]
+        if modality == "PT":
+            dataset.RescaleSlope = _slope(k)
+            dataset.ImageIndex, dataset.NumberOfSlices = k + 1, shape[0]
+            dataset.RadiopharmaceuticalInformationSequence = [_radiopharmaceutical()]
+            dataset.PatientOrientationCodeSequence = [_coded("102540001", "SCT", "recumbent")]
+            dataset.PatientOrientationCodeSequence[0].PatientOrientationModifierCodeSequence = [
+                _coded("40199007", "SCT", "supine")
+            ]
+            dataset.PatientGantryRelationshipCodeSequence = [_coded("102540001", "SCT", "headfirst")]
         dataset.PixelData = stored[k].tobytes()
         for keyword, value in (header or {}).items():
             if value is None:
@@ -120,10 +141,10 @@ def make_uid(*parts: object) -> str:
 
 
 def _affine(
-    shape: tuple[int, int, int], spacing_mm: tuple[float, float, float], oblique: bool
+    shape: tuple[int, int, int], spacing_mm: tuple[float, float, float], oblique: bool, position: str
 ) -> npt.NDArray[np.float64]:
     """(k, j, i, 1) → LPS mm, with the volume's center at the origin."""
-    row, column = np.reshape(_OBLIQUE if oblique else (1, 0, 0, 0, 1, 0), (2, 3))
+    row, column = np.reshape(_OBLIQUE if oblique else (1, 0, 0, 0, 1, 0), (2, 3)) @ POSITIONS[position].T
     affine = np.eye(4)
     affine[:3, :3] = np.column_stack([np.cross(row, column), column, row]) * spacing_mm
     affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape) - 1) / 2)
@@ -153,16 +174,24 @@ def _body(
 def _stored(modality: str, values: npt.NDArray[np.float64]) -> npt.NDArray[np.generic]:
     if modality == "CT":
         return np.clip(np.rint(values + 1024), 0, 4095).astype("<i2")
+    if modality == "PT":
+        slopes = np.array([_slope(k) for k in range(len(values))])[:, None, None]
+        return np.clip(np.rint(values * 20 / slopes), 0, 32767).astype("<u2")
     return np.clip(np.rint(values), 0, 4095).astype("<u2")
+
+
+def _slope(k: int) -> float:
+    """Bq/ml per stored unit of a PET slice."""
+    return 0.5 + 0.01 * (k % 5)
 
 
 def _template(modality: str, phase: str) -> FileDataset:
     """Everything that does not depend on the slice: a header that dciodvfy accepts."""
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    meta.MediaStorageSOPClassUID = CTImageStorage if modality == "CT" else MRImageStorage
+    meta.MediaStorageSOPClassUID = _CLASSES[modality]
     dataset = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
-    for keyword, value in {**_COMMON, **(_CT if modality == "CT" else _MR), **_phase(phase)}.items():
+    for keyword, value in {**_COMMON, **_OF_MODALITY[modality], **_phase(phase)}.items():
         setattr(dataset, keyword, value)
     dataset.SOPClassUID = meta.MediaStorageSOPClassUID
     return dataset
@@ -181,6 +210,19 @@ def _phase(phase: str) -> dict[str, Any]:
         "ContrastBolusStartTime": "093000",
         "ContrastBolusVolume": 100,
     }
+
+
+def _radiopharmaceutical() -> Dataset:
+    made = Dataset()
+    made.Radiopharmaceutical = "FDG"
+    made.RadionuclideCodeSequence = [_coded("77004003", "SCT", "^18^Fluorine")]
+    return made
+
+
+def _coded(value: str, scheme: str, meaning: str) -> Dataset:
+    made = Dataset()
+    made.CodeValue, made.CodingSchemeDesignator, made.CodeMeaning = value, scheme, meaning
+    return made
 
 
 def _ds(value: float) -> DSfloat:
@@ -250,6 +292,27 @@ _MR: dict[str, Any] = {
     "WindowCenter": 300,
     "WindowWidth": 600,
 }
+_PT: dict[str, Any] = {
+    "ImageType": ["ORIGINAL", "PRIMARY"],
+    "Modality": "PT",
+    "BitsStored": 16,
+    "HighBit": 15,
+    "PixelRepresentation": 0,
+    "RescaleIntercept": 0,
+    "WindowCenter": 4000,
+    "WindowWidth": 8000,
+    "Units": "BQML",
+    "CountsSource": "EMISSION",
+    "SeriesType": ["WHOLE BODY", "IMAGE"],
+    "CorrectedImage": ["DECY", "ATTN", "SCAT"],
+    "DecayCorrection": "START",
+    "CollimatorType": "NONE",
+    "ReconstructionMethod": "OSEM",
+    "FrameReferenceTime": 0,
+    "ActualFrameDuration": 120000,
+    "DecayFactor": 1.01,
+}
+_OF_MODALITY = {"CT": _CT, "MR": _MR, "PT": _PT}
 
 
 def as_plain(dataset: Dataset) -> Dataset:

@@ -12,7 +12,7 @@ import numpy as np
 from pydicom import Dataset
 from pydicom.config import disable_value_validation
 
-from dicomnode.objects.common import Provenance, SourceSeries, Subject
+from dicomnode.objects.common import DESCRIPTION, Provenance, SourceSeries, Subject
 from dicomnode.objects.deformable import SampledField, deformable_registration, sample_grid
 from dicomnode.objects.dynamic import as_phase, reference_phase, series_4d_uid
 from dicomnode.objects.invariants import check
@@ -40,6 +40,9 @@ def build(
     provenance: Provenance,
     warning: str = "",
     store_in: str = "fixed_study",
+    description: str = DESCRIPTION,
+    resolution: str = "fixed",
+    may_be_multi_frame: bool = True,
 ) -> Iterator[tuple[str, Dataset]]:
     """Make the objects of one pair, one at a time: registration objects first, then the slices of the series.
 
@@ -55,6 +58,13 @@ def build(
         Why the verdict was a warning, to be written into the objects; empty where it was not.
     store_in
         fixed_study, moving_study or newest: whose study the objects go to.
+    description
+        Series Description; `{moving}` and `{fixed}` stand for those of the two series.
+    resolution
+        fixed: the registered series has the fixed slices. moving: it fills the fixed volume's box with voxels of the
+        moving series' size.
+    may_be_multi_frame
+        Of an Enhanced moving series one Enhanced instance is made; else single-frame ones.
 
     Yields
     ------
@@ -71,12 +81,19 @@ def build(
         raise ValueError(f"outputs: got {sorted(unknown)}, expected some of {', '.join(OUTPUTS)}")
     if not registration.grid.is_same_as(fixed.grid):
         raise ValueError(f"registration: is on a grid of shape {registration.grid.shape}, expected the fixed series'")
-    subject = Subject(fixed, moving, provenance, registration.displacement is not None, warning, store_in)
-    return _tolerant(_made(subject, moving_volume, registration, sampled, set(outputs)))
+    subject = Subject(
+        fixed, moving, provenance, registration.displacement is not None, warning, store_in, description, resolution
+    )
+    return _tolerant(_made(subject, moving_volume, registration, sampled, set(outputs), may_be_multi_frame))
 
 
 def _made(
-    subject: Subject, moving: Volume, registration: Registration, sampled: SampledField, outputs: set[str]
+    subject: Subject,
+    moving: Volume,
+    registration: Registration,
+    sampled: SampledField,
+    outputs: set[str],
+    may_be_multi_frame: bool,
 ) -> Iterator[tuple[str, Dataset]]:
     deformable = deformable_registration(subject, sampled) if "dsr" in outputs else None
     if deformable is not None:
@@ -93,7 +110,7 @@ def _made(
             )
             yield "sro", check(spatial, subject)
     if "series" in outputs:
-        for dataset in registered_series(subject, moving, sampled, deformable):
+        for dataset in registered_series(subject, moving, sampled, deformable, may_be_multi_frame=may_be_multi_frame):
             yield "series", check(dataset, subject, also=deformable)
 
 

@@ -10,7 +10,7 @@ import json
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from functools import cached_property
 
@@ -22,37 +22,13 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 from pydicom.valuerep import DSfloat
 
 from dicomnode.errors import StudyError
+from dicomnode.objects.patient import copy_patient_and_study, set_body_part
 from dicomnode.volumes import SOFTWARE_NAME, frame_count, frame_number, geometry
 from registration_engine import Grid
 
 _NAMESPACE = uuid.UUID("5a9f3f2e-6d0b-5f0c-9f5e-3f0e1f6b8c21")  # ours; changing it changes every UID
 
-# PS3.3 C.7.2.1 and C.7.2.2, beside groups 0010 (patient) and 0012 (clinical trial, de-identification)
-_STUDY = (
-    "StudyInstanceUID",
-    "StudyDate",
-    "StudyTime",
-    "StudyID",
-    "AccessionNumber",
-    "IssuerOfAccessionNumberSequence",
-    "ReferringPhysicianName",
-    "ReferringPhysicianIdentificationSequence",
-    "StudyDescription",
-    "PhysiciansOfRecord",
-    "ProcedureCodeSequence",
-    "AdmittingDiagnosesDescription",
-)
-_TYPE_2 = (
-    "PatientName",
-    "PatientID",
-    "PatientBirthDate",
-    "PatientSex",
-    "StudyDate",
-    "StudyTime",
-    "StudyID",
-    "AccessionNumber",
-    "ReferringPhysicianName",
-)
+DESCRIPTION = "REG {moving} to {fixed}"
 
 
 @dataclass(frozen=True)
@@ -135,6 +111,10 @@ class Subject:
         Why the verdict was a warning; empty where it was not.
     store_in
         fixed_study, moving_study or newest: whose study the objects go to.
+    description
+        Series Description of what is made; `{moving}` and `{fixed}` stand for those of the two series.
+    resolution
+        fixed or moving: whose voxel size the registered series has.
 
     Raises
     ------
@@ -148,6 +128,14 @@ class Subject:
     is_deformable: bool
     warning: str = ""
     store_in: str = "fixed_study"
+    description: str = DESCRIPTION
+    resolution: str = "fixed"
+
+    @property
+    def turned(self) -> Subject:
+        """The same pair seen from the moving series, for objects that lead back; at home where this one is."""
+        home = "moving_study" if self.home is self.fixed.first else "fixed_study"
+        return replace(self, fixed=self.moving, moving=self.fixed, store_in=home)
 
     @property
     def home(self) -> Dataset:
@@ -234,11 +222,7 @@ def own_object(
     dataset.SeriesNumber = series_number(subject.moving.first, number)
     dataset.SeriesDescription = description
     dataset.Modality = modality
-    # PS3.3 C.7.3.1: Laterality is 2C where the body part is paired and unsaid
-    if fixed.get("BodyPartExamined"):
-        dataset.BodyPartExamined = fixed.BodyPartExamined
-    else:
-        dataset.Laterality = fixed.get("Laterality") or ""
+    set_body_part(dataset, fixed)
     dataset.Manufacturer = SOFTWARE_NAME
     dataset.ManufacturerModelName = SOFTWARE_NAME
     dataset.DeviceSerialNumber = subject.provenance.software_version
@@ -278,19 +262,6 @@ def new_dataset(sop_class_uid: UID, sop_instance_uid: UID) -> Dataset:
     dataset.SOPClassUID = sop_class_uid
     dataset.SOPInstanceUID = sop_instance_uid
     return dataset
-
-
-def copy_patient_and_study(source: Dataset, target: Dataset) -> None:
-    """Copy the Patient, General Study and Patient Study modules; type 2 elements are always there."""
-    for element in (*source.group_dataset(0x0010), *source.group_dataset(0x0012)):
-        if not element.tag.is_private:
-            target.add(copy.deepcopy(element))
-    for keyword in _STUDY:
-        if keyword in source:
-            target.add(copy.deepcopy(source[keyword]))
-    for keyword in _TYPE_2:
-        if keyword not in target:
-            setattr(target, keyword, "")
 
 
 def character_set(subject: Subject) -> str | list[str]:
@@ -414,14 +385,19 @@ def decimal(value: float) -> DSfloat:
     return DSfloat(float(value) + 0.0, auto_format=True)  # + 0.0 turns -0 into 0
 
 
-def pair_description(subject: Subject) -> str:
-    """`REG <moving> to <fixed>`, at most 64 characters."""
-    names = [
-        str(s.first.get("SeriesDescription") or s.first.get("SeriesNumber") or "series")
-        for s in (subject.moving, subject.fixed)
-    ]
-    moving, fixed = names if sum(map(len, names)) <= 56 else [name[:28] for name in names]
-    return f"REG {moving} to {fixed}"
+def pair_description(subject: Subject, moving: str = "") -> str:
+    """The pair's Series Description, at most 64 characters; `moving` in place of the moving series' own."""
+    names = {"moving": moving or _name(subject.moving.first), "fixed": _name(subject.fixed.first)}
+    used = re.findall(r"\{(moving|fixed)\}", subject.description)
+    bare = re.sub(r"\{(moving|fixed)\}", "", subject.description)
+    room = max(64 - len(bare), 0)
+    if sum(len(names[name]) for name in used) > room:
+        names = {name: text[: room // len(used)] for name, text in names.items()}
+    return re.sub(r"\{(moving|fixed)\}", lambda found: names[found[1]], subject.description)[:64]
+
+
+def _name(dataset: Dataset) -> str:
+    return str(dataset.get("SeriesDescription") or dataset.get("SeriesNumber") or "series")
 
 
 def series_number(moving: Dataset, offset: int) -> int:

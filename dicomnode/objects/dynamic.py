@@ -35,7 +35,7 @@ def reference_phase(fixed: SourceSeries, report: Report, provenance: Provenance,
     )
     subject = Subject(fixed, fixed, provenance, is_deformable=False, store_in=store_in)
     with disable_value_validation():
-        made = registered_series(subject, load(fixed.datasets), sample_grid(identity), None)
+        made = registered_series(subject, load(fixed.datasets), sample_grid(identity), None, may_be_multi_frame=False)
         stored = stored_values(fixed.datasets)
         for dataset, source, pixels in zip(made, fixed.datasets, stored, strict=True):
             checked = check(dataset, subject)

@@ -32,7 +32,11 @@ def check(dataset: Dataset, subject: Subject, *, also: Dataset | None = None) ->
         for item in _items(dataset, "VectorGridData"):
             _check_grid(item, subject)
     elif dataset.SOPClassUID != SpatialRegistrationStorage:
-        _require(len(dataset.PixelData) == 2 * dataset.Rows * dataset.Columns, dataset, "pixel bytes")
+        _require(
+            len(dataset.PixelData) == 2 * dataset.Rows * dataset.Columns * dataset.get("NumberOfFrames", 1),
+            dataset,
+            "pixel bytes",
+        )
     _require(dataset.FrameOfReferenceUID == subject.fixed.frame_of_reference_uid, dataset, "Frame of Reference")
     _require(dataset.StudyInstanceUID == subject.home.StudyInstanceUID, dataset, "study")
     return dataset

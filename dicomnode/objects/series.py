@@ -1,4 +1,4 @@
-"""The registered series: the moving image on the fixed grid, one single-frame instance for each fixed slice.
+"""The registered series: the moving image in the fixed Frame of Reference, multi-frame where the moving series is.
 
 Law: patient, study, Frame of Reference and geometry are the fixed series'; how the image was acquired is the moving
 series'. Whatever is known to describe the moving grid or the moving study stays behind.
@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from pydicom import Dataset
-from pydicom.uid import CTImageStorage
+from pydicom.uid import UID, PositronEmissionTomographyImageStorage
 
+from dicomnode.objects.acquisition import KEPT, MOVING_GRID, WINDOW, derivation
 from dicomnode.objects.common import (
     SourceSeries,
     Subject,
-    ascii_text,
     character_set,
     code,
     contributing_equipment,
-    copy_patient_and_study,
     decimal,
     new_dataset,
     pair_description,
@@ -33,107 +30,23 @@ from dicomnode.objects.common import (
     set_times,
 )
 from dicomnode.objects.deformable import SampledField, interpolate
-from dicomnode.volumes import frame_number, rescale, single_frame_class
+from dicomnode.objects.multi_frame import is_enhanced, multi_frame_instance, multi_frame_template
+from dicomnode.objects.patient import copy_patient_and_study
+from dicomnode.objects.planes import Plane, Planes, planes_of, set_position
+from dicomnode.objects.scale import Scale, is_ct, outside_of, scale_of
+from dicomnode.volumes import frame_number, single_frame_class
 from registration_engine import Volume, warp
-
-CT_OUTSIDE_HU = -1024.0
-
-# From the moving instance, beside group 0018 less _GEOMETRY: what was imaged, by whom, with what
-_KEPT = (
-    "ImageType",
-    "AcquisitionDate",
-    "AcquisitionTime",
-    "AcquisitionDateTime",
-    "Modality",
-    "Manufacturer",
-    "InstitutionName",
-    "InstitutionAddress",
-    "StationName",
-    "InstitutionalDepartmentName",
-    "PerformingPhysicianName",
-    "OperatorsName",
-    "ManufacturerModelName",
-    "AnatomicRegionSequence",
-    "IrradiationEventUID",
-    "AcquisitionNumber",
-    "Laterality",
-    "ImageLaterality",
-    "TemporalPositionIdentifier",
-    "NumberOfTemporalPositions",
-    "PhotometricInterpretation",
-    "WindowCenter",
-    "WindowWidth",
-    "WindowCenterWidthExplanation",
-    "VOILUTFunction",
-    # PET Series, Isotope and Image modules, PS3.3 C.8.9
-    "Units",
-    "CountsSource",
-    "SeriesType",
-    "CorrectedImage",
-    "DecayCorrection",
-    "RandomsCorrectionMethod",
-    "AttenuationCorrectionMethod",
-    "ScatterCorrectionMethod",
-    "ReconstructionMethod",
-    "RadiopharmaceuticalInformationSequence",
-    "PatientOrientationCodeSequence",
-    "PatientGantryRelationshipCodeSequence",
-    "FrameReferenceTime",
-    "DecayFactor",
-    "DoseCalibrationFactor",
-)
-# Of group 0018: true of the moving grid only
-_GEOMETRY = (
-    "SliceThickness",
-    "SpacingBetweenSlices",
-    "PatientPosition",
-    "GantryDetectorTilt",
-    "TableHeight",
-    "ReconstructionDiameter",
-    "InPlanePhaseEncodingDirection",
-    "AcquisitionMatrix",
-    "DataCollectionCenterPatient",
-    "ReconstructionTargetCenterPatient",
-    "TablePosition",
-)
-_FROM_FIXED = (
-    "ImagePositionPatient",
-    "ImageOrientationPatient",
-    "PixelSpacing",
-    "Rows",
-    "Columns",
-    "SliceThickness",
-    "SpacingBetweenSlices",
-    "PatientPosition",
-)
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How values of the image are stored: stored = (value - intercept) / slope, in `bits` bits."""
-
-    slope: float
-    intercept: float
-    bits: int
-    signed: bool
-    rescale_type: str | None
-    """None where the image carries no rescale."""
-
-    @property
-    def range(self) -> tuple[int, int]:
-        """Smallest and largest stored value."""
-        return (-(1 << self.bits - 1), (1 << self.bits - 1) - 1) if self.signed else (0, (1 << self.bits) - 1)
-
-    def stored(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.int16] | npt.NDArray[np.uint16]:
-        """Values rounded to stored units and clipped to the stored range."""
-        units = np.rint((values.astype(np.float64) - self.intercept) / self.slope)
-        return np.clip(units, *self.range).astype("<i2" if self.signed else "<u2")
 
 
 def registered_series(
-    subject: Subject, moving: Volume, sampled: SampledField, registration_object: Dataset | None
+    subject: Subject,
+    moving: Volume,
+    sampled: SampledField,
+    registration_object: Dataset | None,
+    *,
+    may_be_multi_frame: bool = True,
 ) -> Iterator[Dataset]:
-    """Resample the moving image once, with the delivered field, and write it slice by slice.
+    """Resample the moving image once, with the delivered field, and write it slice by slice or as one instance.
 
     Parameters
     ----------
@@ -141,44 +54,67 @@ def registered_series(
         The moving series' voxels, rescaled.
     registration_object
         The Deformable Spatial Registration that is sent with it, to refer to; or None.
+    may_be_multi_frame
+        Of an Enhanced CT, MR or PET series one Enhanced instance is made; else single-frame ones.
     """
-    scale = _scale(subject.moving, moving)
-    warped = warp(moving, sampled.field, subject.fixed.grid, outside=_outside(subject.moving.first, scale))
-    template = _template(subject, scale)
-    if registration_object is not None:
-        used = code("125028", "Source Deformable Spatial Registration")
-        template.ReferencedInstanceSequence = [reference(registration_object, purpose=used)]
-    for k, fixed in enumerate(subject.fixed.datasets):
+    scale = scale_of(subject.moving, moving)
+    planes = planes_of(subject.fixed, subject.moving.grid, subject.resolution)
+    warped = warp(moving, sampled.field, planes.grid, outside=outside_of(subject.moving.first, scale))
+    sources = [_contributing(subject, sampled, planes, k) for k in range(len(planes.slices))]
+    if may_be_multi_frame and is_enhanced(subject.moving.first):
+        template = _template(subject, multi_frame_template(subject.moving.first), scale, registration_object)
+        yield multi_frame_instance(subject, template, planes, sources, scale, warped.voxels, registration_object)
+        return
+    template = _single_frame_template(subject, scale, registration_object, len(planes.slices))
+    for k, plane in enumerate(planes.slices):
         dataset = copy.deepcopy(template)
         dataset.SOPInstanceUID = subject.uid("series", k)
         dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
         # Ascending along the normal (row × column) of the image plane; highdicom's order runs against it.
-        dataset.InstanceNumber = len(subject.fixed.datasets) - k
-        for keyword in _FROM_FIXED:
-            if keyword in fixed:
-                dataset[keyword] = copy.deepcopy(fixed[keyword])
-        sources = [subject.moving.datasets[n] for n in _contributing(subject, sampled, k)]
-        _refer_to_images(dataset, fixed, sources)
-        registration = [(registration_object, [reference(registration_object)])] if registration_object else []
-        images = [(series[0], references(series)) for series in ([fixed], sources) if series]
-        refer(dataset, [*images, *registration])
+        dataset.InstanceNumber = len(planes.slices) - k
+        if "ImageIndex" in dataset:
+            dataset.ImageIndex = dataset.InstanceNumber
+        dataset.update(copy.deepcopy(plane.geometry))
+        _refer_to_images(dataset, plane, sources[k], registration_object)
         dataset.PixelData = scale.stored(warped.voxels[k]).tobytes()
         yield dataset
 
 
-def _template(subject: Subject, scale: Scale) -> Dataset:
-    """What every slice of the series has in common."""
-    fixed, moving = subject.fixed.first, subject.moving.first
+def _single_frame_template(subject: Subject, scale: Scale, registration_object: Dataset | None, slices: int) -> Dataset:
+    """What every single-frame instance of the series has in common."""
+    moving = subject.moving.first
     dataset = new_dataset(single_frame_class(moving), subject.uid("series"))
-    dataset.SpecificCharacterSet = character_set(subject)
-    acquisition = [e for e in moving.group_dataset(0x0018) if e.keyword not in _GEOMETRY]
-    for element in (*(moving[keyword] for keyword in _KEPT if keyword in moving), *acquisition):
+    acquisition = [e for e in moving.group_dataset(0x0018) if e.keyword not in MOVING_GRID]
+    for element in (*(moving[keyword] for keyword in KEPT if keyword in moving), *acquisition):
         dataset.add(copy.deepcopy(element))
+    middle = subject.moving.datasets[len(subject.moving.datasets) // 2]
+    for keyword in WINDOW:
+        if keyword in middle:
+            dataset.add(copy.deepcopy(middle[keyword]))
+    _complete_from_enhanced(moving, dataset)
+    _template(subject, dataset, scale, registration_object)
+    image_type = [str(value) for value in moving.get("ImageType") or []]
+    is_pet = dataset.SOPClassUID == PositronEmissionTomographyImageStorage
+    rest = image_type[2:] or ([] if is_pet else ["AXIAL" if is_ct(moving) else "OTHER"])
+    dataset.ImageType = ["DERIVED", "PRIMARY" if is_pet else "SECONDARY", *rest]  # PS3.3 C.8.9.4: PET knows no other
+    if is_pet:
+        _complete_pet(dataset, slices)
+    _describe_derivation(dataset, subject)
+    if scale.rescale_type is not None:
+        dataset.RescaleSlope = decimal(scale.slope)
+        dataset.RescaleIntercept = decimal(scale.intercept)
+        if scale.rescale_type:
+            dataset.RescaleType = scale.rescale_type
+    return dataset
+
+
+def _template(subject: Subject, dataset: Dataset, scale: Scale, registration_object: Dataset | None) -> Dataset:
+    """Write into `dataset`, and give back, what single- and multi-frame instances have in common."""
+    fixed, moving = subject.fixed.first, subject.moving.first
+    dataset.SpecificCharacterSet = character_set(subject)
     copy_patient_and_study(subject.home, dataset)
     set_times(dataset, moving, subject.provenance.created_at)
-    _complete_from_enhanced(moving, dataset)
-    image_type = [str(value) for value in moving.get("ImageType") or []]
-    dataset.ImageType = ["DERIVED", "SECONDARY", *(image_type[2:] or ["AXIAL" if _is_ct(moving) else "OTHER"])]
+    set_position(dataset, fixed, UID(dataset.SOPClassUID))
     dataset.SeriesInstanceUID = subject.uid("series series")
     dataset.SeriesNumber = series_number(moving, 1000)
     dataset.SeriesDescription = pair_description(subject)
@@ -186,7 +122,10 @@ def _template(subject: Subject, scale: Scale) -> Dataset:
     dataset.PositionReferenceIndicator = fixed.get("PositionReferenceIndicator") or ""
     equipment = [copy.deepcopy(item) for item in moving.get("ContributingEquipmentSequence") or []]
     dataset.ContributingEquipmentSequence = [*equipment, contributing_equipment(subject, dataset)]
-    _describe_derivation(dataset, subject)
+    _relate(dataset, subject)
+    if registration_object is not None:
+        used = code("125028", "Source Deformable Spatial Registration")
+        dataset.ReferencedInstanceSequence = [reference(registration_object, purpose=used)]
     dataset.BurnedInAnnotation = "NO"
     _copy_lossy(subject.moving, dataset)
     dataset.SamplesPerPixel = 1
@@ -194,12 +133,15 @@ def _template(subject: Subject, scale: Scale) -> Dataset:
     dataset.BitsStored = scale.bits
     dataset.HighBit = scale.bits - 1
     dataset.PixelRepresentation = int(scale.signed)
-    if scale.rescale_type is not None:
-        dataset.RescaleSlope = decimal(scale.slope)
-        dataset.RescaleIntercept = decimal(scale.intercept)
-        dataset.RescaleType = scale.rescale_type
     dataset.remove_private_tags()  # those within sequences
     return dataset
+
+
+def _complete_pet(target: Dataset, slices: int) -> None:
+    """PS3.3 C.8.9.1 and C.8.9.4: counts of this series; one phase or gate alone is a static image."""
+    kind = [str(value) for value in target.get("SeriesType") or ["STATIC", "IMAGE"]]
+    target.SeriesType = [kind[0] if kind[0] == "WHOLE BODY" else "STATIC", "IMAGE"]
+    target.NumberOfSlices, target.ImageIndex = slices, 1
 
 
 def _complete_from_enhanced(moving: Dataset, target: Dataset) -> None:
@@ -225,13 +167,11 @@ def _complete_from_enhanced(moving: Dataset, target: Dataset) -> None:
 
 
 def _describe_derivation(dataset: Dataset, subject: Subject) -> None:
-    text = f"{dataset.SeriesDescription}: resampled once, linearly, on the fixed grid by the total displacement field."
-    if subject.warning:
-        text += f" WARNING: {subject.warning}"
-    dataset.DerivationDescription = ascii_text(text)[:1024]
-    dataset.DerivationCodeSequence = [code("113085", "Spatial resampling")]
-    if subject.is_deformable:
-        dataset.DerivationCodeSequence.append(code("125027", "Deformed for Registration"))
+    dataset.DerivationDescription, dataset.DerivationCodeSequence = derivation(subject)
+
+
+def _relate(dataset: Dataset, subject: Subject) -> None:
+    """Related Series Sequence, PS3.3 C.7.3.1."""
     related = []
     for series, purpose in (
         (subject.moving, code("121323", "Source series for image processing operation")),
@@ -245,57 +185,34 @@ def _describe_derivation(dataset: Dataset, subject: Subject) -> None:
     dataset.RelatedSeriesSequence = related
 
 
-def _refer_to_images(dataset: Dataset, fixed: Dataset, sources: list[Dataset]) -> None:
+def _refer_to_images(
+    dataset: Dataset, plane: Plane, sources: list[Dataset], registration_object: Dataset | None
+) -> None:
     """Source Image Sequence and Referenced Image Sequence, PS3.3 C.7.6.16.2.7 and C.7.6.1."""
-    dataset.ReferencedImageSequence = references([fixed], purpose=code("121338", "Anatomic image"))
-    if not sources:
-        return
-    items = references(sources, purpose=code("121322", "Source image for image processing operation"))
-    for item in items:
-        item.SpatialLocationsPreserved = "NO"
-    dataset.SourceImageSequence = items
+    dataset.ReferencedImageSequence = references([plane.fixed], purpose=code("121338", "Anatomic image"))
+    if sources:
+        items = references(sources, purpose=code("121322", "Source image for image processing operation"))
+        for item in items:
+            item.SpatialLocationsPreserved = "NO"
+        dataset.SourceImageSequence = items
+    registration = [(registration_object, [reference(registration_object)])] if registration_object else []
+    images = [(series[0], references(series)) for series in ([plane.fixed], sources) if series]
+    refer(dataset, [*images, *registration])
 
 
-def _contributing(subject: Subject, sampled: SampledField, k: int) -> range:
-    """Indices of the moving slices that fixed slice k is interpolated from."""
-    _, rows, columns = subject.fixed.grid.shape
+def _contributing(subject: Subject, sampled: SampledField, planes: Planes, k: int) -> list[Dataset]:
+    """The moving slices that slice k of the registered series is interpolated from."""
+    _, rows, columns = planes.grid.shape
     j, i = np.meshgrid(np.linspace(0, rows - 1, 33), np.linspace(0, columns - 1, 33), indexing="ij")
-    points = subject.fixed.grid.points_mm(np.stack([np.full_like(j, k), j, i], axis=-1))
+    points = planes.grid.points_mm(np.stack([np.full_like(j, k), j, i], axis=-1))
     points = points + interpolate(sampled.field.vectors, sampled.field.grid.indices(points))
     index = subject.moving.grid.indices(points)
     inside = ((index >= -0.5) & (index <= np.array(subject.moving.grid.shape) - 0.5)).all(axis=-1)
     if not inside.any():
-        return range(0)
+        return []
     slices = index[inside][:, 0]
-    last = len(subject.moving.datasets) - 1
-    return range(max(int(np.floor(slices.min())), 0), min(int(np.ceil(slices.max())), last) + 1)
-
-
-def _scale(series: SourceSeries, volume: Volume) -> Scale:
-    """CT in whole HU; else the stored scale of the series, or where its slices differ one scale that holds all."""
-    first = series.first
-    rescale_type = first.get("RescaleType")
-    if _is_ct(first) and (rescale_type or "HU") == "HU":
-        return Scale(1.0, 0.0, 16, True, "HU")
-    scales = {rescale(dataset) for dataset in series.datasets}
-    if len(scales) == 1:
-        slope, intercept = scales.pop()
-        has_rescale = "RescaleSlope" in first
-        signed = bool(first.PixelRepresentation)
-        bits = max(int(dataset.BitsStored) for dataset in series.datasets)
-        return Scale(slope, intercept, bits, signed, (rescale_type or "US") if has_rescale else None)
-    smallest, largest = float(volume.voxels.min()), float(volume.voxels.max())
-    signed = smallest < 0
-    limit = 32767 if signed else 65535
-    slope = float(str(decimal(max(-smallest, largest, 1e-6) / limit)))
-    return Scale(slope, 0.0, 16, signed, rescale_type or "US")
-
-
-def _outside(moving: Dataset, scale: Scale) -> float:
-    """The value of points outside the moving image: air in CT, 0 in MR or what is stored nearest to it."""
-    wanted = CT_OUTSIDE_HU if scale.rescale_type == "HU" and _is_ct(moving) else 0.0
-    low, high = sorted(limit * scale.slope + scale.intercept for limit in scale.range)
-    return min(max(wanted, low), high)
+    first, last = max(int(np.floor(slices.min())), 0), int(np.ceil(slices.max()))
+    return list(subject.moving.datasets[first : last + 1])
 
 
 def _copy_lossy(moving: SourceSeries, target: Dataset) -> None:
@@ -305,7 +222,3 @@ def _copy_lossy(moving: SourceSeries, target: Dataset) -> None:
     for keyword in ("LossyImageCompressionRatio", "LossyImageCompressionMethod"):
         if lossy and keyword in lossy[0]:
             target[keyword] = copy.deepcopy(lossy[0][keyword])
-
-
-def _is_ct(dataset: Dataset) -> bool:
-    return single_frame_class(dataset) == CTImageStorage
