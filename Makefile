@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: campaigns dynamic gate never-worse bench-receive bench-registration demo test lint install clean
+.PHONY: campaigns dynamic gate never-worse bench-receive bench-send bench-registration demo test lint install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dicomnode demo --out demo-out
@@ -40,6 +40,10 @@ campaigns: $(VENV)/.tested
 
 bench-receive: $(VENV)/.tested
 	$(BIN)/python benchmarks/receive.py
+
+# 1,000 CT instances to each receiver, by storescu and by us: about a quarter of an hour, most of it storescu's stalls.
+bench-send: $(VENV)/.tested
+	$(BIN)/python -m benchmarks.send
 
 # A dynamic series of 30 phases as one job, delivered both ways: a quarter of an hour.
 dynamic: $(VENV)/.tested

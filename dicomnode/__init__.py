@@ -1,6 +1,6 @@
 """DICOM-native PACS node: the map of this package.
 
-    instance received   listener      sockets, threads, timers; upperlayer, dimse, negotiation: pure, the protocol
+    instance received   listener      sockets, threads, timers; upperlayer, pdu, dimse, negotiation: pure, protocol
       → sealed          intake        content, name and journal record durable with one fsync (archive, spool); only
                                       now the answer 0x0000
       → indexed         indexer       a process of its own: header read, file moved, commit; or quarantine, and why
@@ -17,7 +17,7 @@
       → objects         products      every object of every pair of the job that was not rejected
                         objects       pure: registered series, SRO, DSR; UIDs derived from the inputs
       → deliveries      index         one row per (instance, destination)
-    delivered           delivery      Storage SCU with back-off
+    delivered           delivery      sent until it has arrived or is named; scu: the associations that we open
 
     config, document, rules, conditions, vocabulary, derived   what an administrator writes, and what it means
     scopes, partners → findings → reasons, trace               what a rule looks among, what it saw, and in words

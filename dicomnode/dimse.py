@@ -10,14 +10,16 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from dicomnode.upperlayer import Fragment, ProtocolError
+from dicomnode.pdu import ProtocolError, text
+from dicomnode.upperlayer import Fragment
 
-C_STORE_RQ, C_ECHO_RQ, C_CANCEL_RQ = 0x0001, 0x0030, 0x0FFF
-N_EVENT_REPORT_RQ, N_ACTION_RQ = 0x0100, 0x0130
+C_STORE_RQ, C_FIND_RQ, C_ECHO_RQ, C_CANCEL_RQ = 0x0001, 0x0020, 0x0030, 0x0FFF
+N_EVENT_REPORT_RQ, N_ACTION_RQ, N_CREATE_RQ = 0x0100, 0x0130, 0x0140
 IS_RESPONSE = 0x8000
 NO_DATA_SET = 0x0101
 
 SUCCESS = 0x0000
+PENDING = (0xFF00, 0xFF01)  # PS3.4 C.4.1.1.4: more answers follow
 PROCESSING_FAILURE = 0x0110  # PS3.7 C.5.22
 DUPLICATE_SOP_INSTANCE = 0x0111  # PS3.7 C.5.9
 NO_SUCH_OBJECT_INSTANCE = 0x0112
@@ -32,6 +34,7 @@ _MAX_COMMAND_BYTES = 65536
 
 # Element numbers of group 0000, PS3.7 E.1.
 _AFFECTED_CLASS, _REQUESTED_CLASS, _FIELD, _MESSAGE_ID, _RESPONDED_TO = 0x0002, 0x0003, 0x0100, 0x0110, 0x0120
+_PRIORITY = 0x0700
 _DATA_SET_TYPE, _STATUS, _ERROR_COMMENT = 0x0800, 0x0900, 0x0902
 _AFFECTED_INSTANCE, _REQUESTED_INSTANCE, _EVENT_TYPE, _ACTION_TYPE = 0x1000, 0x1001, 0x1002, 0x1008
 
@@ -56,6 +59,8 @@ class Command:
     has_data_set: bool
     status: int = 0
     action_type: int = 0
+    event_type: int = 0
+    comment: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,15 +124,20 @@ def decode(context_id: int, content: bytes) -> Command:
         at += 8 + length
     if len(elements.get(_FIELD, b"")) != 2:
         raise ProtocolError("command set without Command Field")
+    field = _number(elements, _FIELD)
+    if field & IS_RESPONSE and len(elements.get(_STATUS, b"")) != 2:
+        raise ProtocolError("response without Status")  # not to be taken for 0x0000
     return Command(
         context_id=context_id,
-        field=_number(elements, _FIELD),
+        field=field,
         message_id=_number(elements, _MESSAGE_ID if _MESSAGE_ID in elements else _RESPONDED_TO),
         sop_class_uid=_uid(elements, _AFFECTED_CLASS) or _uid(elements, _REQUESTED_CLASS),
         sop_instance_uid=_uid(elements, _AFFECTED_INSTANCE) or _uid(elements, _REQUESTED_INSTANCE),
         has_data_set=_number(elements, _DATA_SET_TYPE, NO_DATA_SET) != NO_DATA_SET,
         status=_number(elements, _STATUS),
         action_type=_number(elements, _ACTION_TYPE),
+        event_type=_number(elements, _EVENT_TYPE),
+        comment=text(elements.get(_ERROR_COMMENT, b""))[:64],
     )
 
 
@@ -146,7 +156,58 @@ def response(request: Command, status: int, comment: str = "") -> bytes:
         elements[_AFFECTED_INSTANCE] = request.sop_instance_uid.encode("latin-1")
     if request.action_type:
         elements[_ACTION_TYPE] = struct.pack("<H", request.action_type)
+    if request.event_type:
+        elements[_EVENT_TYPE] = struct.pack("<H", request.event_type)
     return encode(elements)
+
+
+def composite_request(
+    field: int, message_id: int, sop_class_uid: str, sop_instance_uid: str = "", *, priority: int
+) -> bytes:
+    """A C-STORE or C-FIND request that a data set follows (PS3.7 9.3.1, 9.3.2).
+
+    Parameters
+    ----------
+    priority
+        0 medium, 1 high, 2 low.
+    """
+    elements = {
+        _AFFECTED_CLASS: sop_class_uid.encode("latin-1"),
+        _FIELD: struct.pack("<H", field),
+        _MESSAGE_ID: struct.pack("<H", message_id),
+        _PRIORITY: struct.pack("<H", priority),
+        _DATA_SET_TYPE: struct.pack("<H", 0x0001),
+    }
+    if sop_instance_uid:
+        elements[_AFFECTED_INSTANCE] = sop_instance_uid.encode("latin-1")
+    return encode(elements)
+
+
+def action(message_id: int, sop_class_uid: str, sop_instance_uid: str, action_type: int) -> bytes:
+    """An N-ACTION request that a data set follows (PS3.7 10.3.4)."""
+    return encode(
+        {
+            _REQUESTED_CLASS: sop_class_uid.encode(),
+            _FIELD: struct.pack("<H", N_ACTION_RQ),
+            _MESSAGE_ID: struct.pack("<H", message_id),
+            _DATA_SET_TYPE: struct.pack("<H", 0x0001),
+            _REQUESTED_INSTANCE: sop_instance_uid.encode(),
+            _ACTION_TYPE: struct.pack("<H", action_type),
+        }
+    )
+
+
+def create(message_id: int, sop_class_uid: str, sop_instance_uid: str) -> bytes:
+    """An N-CREATE request that a data set follows (PS3.7 10.3.5)."""
+    return encode(
+        {
+            _AFFECTED_CLASS: sop_class_uid.encode(),
+            _FIELD: struct.pack("<H", N_CREATE_RQ),
+            _MESSAGE_ID: struct.pack("<H", message_id),
+            _DATA_SET_TYPE: struct.pack("<H", 0x0001),
+            _AFFECTED_INSTANCE: sop_instance_uid.encode(),
+        }
+    )
 
 
 def event_report(message_id: int, sop_class_uid: str, sop_instance_uid: str, event_type: int) -> bytes:

@@ -23,16 +23,9 @@ from dicomnode.dimse import Command, DataPart
 from dicomnode.errors import LocalError, stack
 from dicomnode.intake import DuplicateError, Intake, Reception
 from dicomnode.negotiation import STORAGE_COMMITMENT_PUSH_MODEL, Access
+from dicomnode.pdu import AssociateRequest, Identity, ProtocolError
 from dicomnode.spool import Source
-from dicomnode.upperlayer import (
-    AssociateRequest,
-    Event,
-    Fragment,
-    Identity,
-    ProtocolError,
-    ReleaseRequest,
-    UpperLayer,
-)
+from dicomnode.upperlayer import Abort, Event, Fragment, ReleaseRequest, UpperLayer
 
 log = logging.getLogger(__name__)
 
@@ -285,7 +278,7 @@ class _Connection:
             self._on_request(event)
         elif isinstance(event, ReleaseRequest):
             raise _End("released", self._layer.release())
-        else:
+        elif isinstance(event, Abort):
             raise _End("aborted by the peer", detail=f"source {event.source}, reason {event.reason}")
 
     def _finish(self, end: _End) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum, StrEnum
+from pathlib import Path
 
 HeaderValue = str | float | int | list[str] | list[float] | list[int]
 """One public, non-sequence, non-bulk element's value; multi-valued elements are lists."""
@@ -337,13 +338,44 @@ class Source:
 
 
 @dataclass(frozen=True)
+class TlsFiles:
+    """What an encrypted association of ours is opened with, PEM: our certificates, their key, the peers' authority."""
+
+    certificate: Path
+    key: Path
+    ca: Path
+    check_host_name: bool = True
+
+
+@dataclass(frozen=True)
 class Destination:
-    """A Storage SCP that results are sent to."""
+    """Where results are sent.
+
+    Attributes
+    ----------
+    associations
+        Open at once, at most.
+    first_pause_s, pause_factor, longest_pause_s
+        Back-off between attempts.
+    give_up_after_s
+        From when an instance was put on its way; None: never.
+    hours
+        Local time → when sending may begin, but for urgent results; None: always.
+    """
 
     name: str
     ae_title: str
     host: str
     port: int
+    associations: int = 2
+    first_pause_s: float = 5.0
+    pause_factor: float = 2.0
+    longest_pause_s: float = 300.0
+    give_up_after_s: float | None = None
+    hours: Callable[[datetime], datetime] | None = None
+    is_paused: bool = False
+    timeout_s: float = 60.0
+    tls: TlsFiles | None = None
 
 
 @dataclass(frozen=True)

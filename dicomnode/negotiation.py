@@ -12,7 +12,7 @@ from enum import Enum
 
 from pydicom.uid import UID
 
-from dicomnode.upperlayer import APPLICATION_CONTEXT_NAME, AssociateRequest, ContextAnswer, ProposedContext
+from dicomnode.pdu import APPLICATION_CONTEXT_NAME, AssociateRequest, ContextAnswer, ProposedContext
 
 VERIFICATION = "1.2.840.10008.1.1"
 STORAGE_COMMITMENT_PUSH_MODEL = "1.2.840.10008.1.20.1"
@@ -145,7 +145,9 @@ def answer(context: ProposedContext, *, unknown_sop_classes: bool, commitment: b
     # Explicit VR keeps private elements' VRs; no sender is made to compress what it proposes both ways; else the
     # sender's own order.
     chosen = next((uid for uid in (_EXPLICIT, _IMPLICIT) if uid in allowed), allowed[0])
-    return ContextAnswer(context.id, context.abstract_syntax, 0, chosen)
+    # whom we ask for storage commitment reports as its SCP (PS3.4 J.3.3)
+    reports = context.abstract_syntax == STORAGE_COMMITMENT_PUSH_MODEL
+    return ContextAnswer(context.id, context.abstract_syntax, 0, chosen, scp_too=reports)
 
 
 def is_storage(sop_class_uid: str, *, unknown_sop_classes: bool) -> bool:

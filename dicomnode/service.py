@@ -30,6 +30,7 @@ from dicomnode.model import DuplicatePolicy
 from dicomnode.negotiation import Access, Peer, comes_from
 from dicomnode.retrieve import PriorService
 from dicomnode.scheduler import Scheduler
+from dicomnode.tls import server_context
 from dicomnode.web import WebServer, application
 
 log = logging.getLogger(__name__)
@@ -153,7 +154,7 @@ def _listeners(config: Config, peers: tuple[Peer, ...], intake: Intake, commitme
 
     if config.tls is None:
         return [listener(config.node.port, None)]
-    context = tls_context(config.tls)
+    context = _tls_context(config.tls)
     if config.tls.port is None:
         return [listener(config.node.port, context)]
     return [listener(config.node.port, None), listener(config.tls.port, context)]
@@ -173,29 +174,13 @@ def _web_servers(config: Config, peers: tuple[Peer, ...], intake: Intake) -> lis
         is_admitted=is_admitted,
         silence_s=config.limits.network_timeout_s,
     )
-    tls = None if config.tls is None else tls_context(config.tls)
+    tls = None if config.tls is None else _tls_context(config.tls)
     most = config.limits.max_associations
     return [WebServer(app, config.web.host, config.web.port, max_connections=most, tls=tls)]
 
 
-def tls_context(tls: TlsSection) -> ssl.SSLContext:
-    """Server side of the BCP 195 TLS Profile (PS3.15 B.12): 1.2 or 1.3, forward secrecy, mutual authentication.
-
-    Raises
-    ------
-    LocalError
-        A file cannot be used.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM")  # of TLS 1.2; those of 1.3 are all good (RFC 9325)
-    context.verify_mode = ssl.CERT_REQUIRED
-    try:
-        context.load_cert_chain(tls.certificate, tls.key)
-        context.load_verify_locations(tls.client_ca)
-    except (OSError, ssl.SSLError) as error:
-        raise LocalError(f"tls: {tls.certificate}, {tls.key}, {tls.client_ca}: {error}") from error
-    return context
+def _tls_context(tls: TlsSection) -> ssl.SSLContext:
+    return server_context(tls.certificate, tls.key, tls.client_ca)
 
 
 class ChildProcess:

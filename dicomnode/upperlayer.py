@@ -1,81 +1,41 @@
-"""The DICOM Upper Layer as an acceptor sees it (PS3.8 9.3): bytes in, events out, answers as bytes.
+"""The DICOM Upper Layer as acceptor and as requestor (PS3.8 9.2): bytes in, events out, what to send as bytes.
 
 Law: no I/O, no clock, no thread. Whatever a peer sends becomes an event or a ProtocolError that carries the A-ABORT
 to answer with; nothing is buffered beyond one control PDU, so that a data set of any size passes through in pieces.
-Items that are not known are skipped; text is taken whatever its bytes.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
-ASSOCIATE_RQ, ASSOCIATE_AC, ASSOCIATE_RJ, P_DATA, RELEASE_RQ, RELEASE_RP, ABORT = range(1, 8)
-
-APPLICATION_CONTEXT_NAME = "1.2.840.10008.3.1.1.1"  # PS3.7 A.2.1
+from dicomnode.pdu import (
+    ABORT,
+    ASSOCIATE_AC,
+    ASSOCIATE_RJ,
+    ASSOCIATE_RQ,
+    P_DATA,
+    RELEASE_RP,
+    RELEASE_RQ,
+    AssociateAccept,
+    AssociateReject,
+    AssociateRequest,
+    ContextAnswer,
+    Identity,
+    ProtocolError,
+    associate_accept,
+    associate_request,
+    parse_associate_accept,
+    parse_associate_request,
+    pdu,
+)
 
 MAX_CONTROL_PDU = 524288  # 128 presentation contexts with 30 transfer syntaxes each are less
 PDU_SLACK = 1024  # senders that count the PDU's own header are wrong and harmless
 _PDV_HEADER = 6
-
-
-class ProtocolError(Exception):
-    """The peer broke the protocol; `reason` is the A-ABORT's reason/diagnostic (PS3.8 9.3.8)."""
-
-    UNRECOGNIZED_PDU = 1
-    UNEXPECTED_PDU = 2
-    UNRECOGNIZED_PARAMETER = 4
-    UNEXPECTED_PARAMETER = 5
-    INVALID_PARAMETER = 6
-
-    def __init__(self, message: str, reason: int = INVALID_PARAMETER) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-@dataclass(frozen=True)
-class ProposedContext:
-    """A presentation context as proposed (PS3.8 9.3.2.2)."""
-
-    id: int
-    abstract_syntax: str
-    transfer_syntaxes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class AssociateRequest:
-    """An A-ASSOCIATE-RQ (PS3.8 9.3.2).
-
-    Attributes
-    ----------
-    ae_titles
-        The 32 bytes of called and calling AE title as sent, which the answer repeats.
-    max_pdu
-        Largest PDU the requestor takes, bytes; 0 for any.
-    roles
-        SOP Class UID → (SCU, SCP) proposed for the requestor (PS3.7 D.3.3.4).
-    """
-
-    protocol_version: int
-    ae_titles: bytes
-    application_context_name: str
-    contexts: tuple[ProposedContext, ...]
-    max_pdu: int = 0
-    implementation: str = ""
-    asks_for_async_window: bool = False
-    roles: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-    @property
-    def called_ae_title(self) -> str:
-        """Whom the requestor means to speak to."""
-        return _text(self.ae_titles[:16])
-
-    @property
-    def calling_ae_title(self) -> str:
-        """Who the requestor says it is."""
-        return _text(self.ae_titles[16:])
+_LARGEST_SENT = 131072  # also where the peer takes any
 
 
 @dataclass(frozen=True)
@@ -92,33 +52,39 @@ class ReleaseRequest:
     """The requestor has finished."""
 
 
+class ReleaseResponse:
+    """The acceptor knows that we have finished."""
+
+
 @dataclass(frozen=True)
 class Abort:
-    """The requestor, or its network, gave up."""
+    """The peer, or its network, gave up."""
 
     source: int
     reason: int
 
 
-Event = AssociateRequest | Fragment | ReleaseRequest | Abort
+Event = AssociateRequest | AssociateAccept | AssociateReject | Fragment | ReleaseRequest | ReleaseResponse | Abort
 
 
 class _State(Enum):
-    """PS3.8 9.2: what may come next. Sta2, Sta3, Sta6, and everything after our last PDU (Sta13)."""
+    """PS3.8 9.2: what may come next. Sta2, Sta3, Sta5, Sta6, Sta7, and everything after our last PDU (Sta13)."""
 
     IDLE = "awaiting A-ASSOCIATE-RQ"
     DECIDING = "awaiting our answer"
+    REQUESTED = "awaiting the answer to our A-ASSOCIATE-RQ"
+    RELEASING = "awaiting the answer to our A-RELEASE-RQ"
     OPEN = "data transfer"
     CLOSED = "awaiting the connection's end"
 
 
 class UpperLayer:
-    """One association, from the acceptor's side.
+    """One association; its requestor begins with `request`.
 
     Parameters
     ----------
     max_pdu
-        Largest P-DATA-TF that the requestor is told it may send, bytes.
+        Largest P-DATA-TF that the peer is told it may send, bytes.
     """
 
     def __init__(self, max_pdu: int) -> None:
@@ -136,6 +102,11 @@ class UpperLayer:
     def in_pdu(self) -> bool:
         """Whether the peer has begun a PDU and not finished it."""
         return bool(self._held or self._pdu_left)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether one side has said its last word."""
+        return self._state is _State.CLOSED
 
     def receive(self, data: memoryview) -> Iterator[Event]:
         """Take in bytes as they came; must be read to its end before the next call.
@@ -185,48 +156,56 @@ class UpperLayer:
         """The A-ASSOCIATE-AC (PS3.8 9.3.3); the association is open."""
         self._state = _State.OPEN
         self._peer_max_pdu = request.max_pdu
-        items = [_item(0x10, APPLICATION_CONTEXT_NAME.encode())]
-        for answer in answers:
-            body = bytes((answer.id, 0, answer.result, 0)) + _item(0x40, answer.transfer_syntax.encode("latin-1"))
-            items.append(_item(0x21, body))
-        user = [_item(0x51, struct.pack(">L", self._max_pdu)), _item(0x52, implementation.class_uid.encode())]
-        if request.asks_for_async_window:
-            user.append(_item(0x53, struct.pack(">HH", 1, 1)))  # PS3.7 D.3.3.3: one operation at a time
-        accepted = {answer.abstract_syntax for answer in answers if answer.result == 0}
-        for uid, (scu, _scp) in request.roles.items():
-            if uid in accepted:  # the requestor may be the SCU; nobody is an SCP for us
-                name = uid.encode("latin-1")
-                user.append(_item(0x54, struct.pack(">H", len(name)) + name + bytes((scu, 0))))
-        user.append(_item(0x55, implementation.version_name.encode()))
-        items.append(_item(0x50, b"".join(user)))
-        return _pdu(ASSOCIATE_AC, struct.pack(">Hxx", 1) + request.ae_titles + bytes(32) + b"".join(items))
+        return associate_accept(request, answers, max_pdu=self._max_pdu, implementation=implementation)
+
+    def request(self, request: AssociateRequest, *, implementation: Identity) -> bytes:
+        """The A-ASSOCIATE-RQ (PS3.8 9.3.2); an AssociateAccept, AssociateReject or Abort comes next."""
+        self._state = _State.REQUESTED
+        return associate_request(request, implementation)
 
     def reject(self, result: int, source: int, reason: int) -> bytes:
         """The A-ASSOCIATE-RJ (PS3.8 9.3.4)."""
         self._state = _State.CLOSED
-        return _pdu(ASSOCIATE_RJ, bytes((0, result, source, reason)))
+        return pdu(ASSOCIATE_RJ, bytes((0, result, source, reason)))
 
     def release(self) -> bytes:
         """The A-RELEASE-RP (PS3.8 9.3.7)."""
         self._state = _State.CLOSED
-        return _pdu(RELEASE_RP, bytes(4))
+        return pdu(RELEASE_RP, bytes(4))
+
+    def request_release(self) -> bytes:
+        """The A-RELEASE-RQ (PS3.8 9.3.6); a ReleaseResponse comes, perhaps after data."""
+        self._state = _State.RELEASING
+        return pdu(RELEASE_RQ, bytes(4))
 
     def abort(self, reason: int = 0) -> bytes:
         """The A-ABORT (PS3.8 9.3.8), by the service user, or for a reason by the service provider."""
         self._state = _State.CLOSED
-        return _pdu(ABORT, bytes((0, 0, 2 if reason else 0, reason)))
+        return pdu(ABORT, bytes((0, 0, 2 if reason else 0, reason)))
+
+    @property
+    def room(self) -> int:
+        """Bytes of a message that one P-DATA-TF takes to this peer; even, as PS3.8 E.2 wants all but the last."""
+        room = min(self._peer_max_pdu or _LARGEST_SENT, _LARGEST_SENT) - _PDV_HEADER
+        return max(2, room - room % 2)
 
     def message(self, context_id: int, command: bytes, data_set: bytes = b"") -> bytes:
         """A command set, and perhaps a data set, as P-DATA-TFs that the peer takes (PS3.8 9.3.5, E.2)."""
-        room = self._peer_max_pdu - _PDV_HEADER if self._peer_max_pdu else 65536
-        room = max(2, room - room % 2)
-        pdus = []
-        for content, is_command in ((command, 1), (data_set, 0)):
-            for start in range(0, len(content), room):
-                part = content[start : start + room]
-                header = is_command | (2 if start + room >= len(content) else 0)
-                pdus.append(_pdu(P_DATA, struct.pack(">LBB", len(part) + 2, context_id, header) + part))
-        return b"".join(pdus)
+        parts = self.fragments(context_id, command, is_command=True)
+        if data_set:
+            parts += self.fragments(context_id, data_set)
+        return b"".join(parts)
+
+    def fragments(
+        self, context_id: int, content: bytes | memoryview, *, is_command: bool = False, is_last: bool = True
+    ) -> list[bytes | memoryview]:
+        """P-DATA-TFs in pieces to be sent one after the other; where not `is_last`, whole multiples of `room`."""
+        room, found = self.room, list[bytes | memoryview]()
+        for start in range(0, max(len(content), 1), room):
+            part = content[start : start + room]
+            flags = int(is_command) | (2 if is_last and start + room >= len(content) else 0)
+            found += (struct.pack(">BxLLBB", P_DATA, len(part) + 6, len(part) + 2, context_id, flags), part)
+        return found
 
     def _hold(self, data: memoryview, wanted: int) -> None:
         self._held += data
@@ -247,7 +226,9 @@ class UpperLayer:
         expected = {
             _State.IDLE: (ASSOCIATE_RQ, ABORT),
             _State.DECIDING: (ABORT,),
+            _State.REQUESTED: (ASSOCIATE_AC, ASSOCIATE_RJ, ABORT),
             _State.OPEN: (P_DATA, RELEASE_RQ, ABORT),
+            _State.RELEASING: (P_DATA, RELEASE_RQ, RELEASE_RP, ABORT),
         }[self._state]
         if not ASSOCIATE_RQ <= pdu_type <= ABORT:
             raise ProtocolError(f"unknown PDU type 0x{pdu_type:02X}", ProtocolError.UNRECOGNIZED_PDU)
@@ -265,101 +246,15 @@ class UpperLayer:
         if pdu_type == ASSOCIATE_RQ:
             self._state = _State.DECIDING
             return parse_associate_request(body)
+        if pdu_type == ASSOCIATE_AC:
+            accepted = parse_associate_accept(body)
+            self._state, self._peer_max_pdu = _State.OPEN, accepted.max_pdu
+            return accepted
         if pdu_type == RELEASE_RQ:
             return ReleaseRequest()
         self._state = _State.CLOSED
+        if pdu_type == ASSOCIATE_RJ:
+            return AssociateReject(*(body + bytes(4))[1:4])
+        if pdu_type == RELEASE_RP:
+            return ReleaseResponse()
         return Abort(*(body + bytes(4))[2:4])
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Who we are in the answer's user information (PS3.7 D.3.3.2)."""
-
-    class_uid: str
-    version_name: str
-
-
-@dataclass(frozen=True)
-class ContextAnswer:
-    """What becomes of a proposed context: result 0 accepted, 3 abstract syntax, 4 transfer syntaxes not supported."""
-
-    id: int
-    abstract_syntax: str
-    result: int
-    transfer_syntax: str
-
-
-def parse_associate_request(body: bytes) -> AssociateRequest:
-    """Read an A-ASSOCIATE-RQ without its six bytes of header (PS3.8 9.3.2)."""
-    if len(body) < 68:
-        raise ProtocolError(f"A-ASSOCIATE-RQ of {len(body)} bytes, expected at least 68")
-    contexts: dict[int, ProposedContext] = {}
-    application = ""
-    user: dict[int, bytes] = {}
-    roles: dict[str, tuple[int, int]] = {}
-    for kind, value in _items(body[68:]):
-        if kind == 0x10:
-            application = _uid(value)
-        elif kind == 0x20:
-            context = _proposed(value)
-            if context.id in contexts:
-                raise ProtocolError(f"presentation context {context.id} is proposed twice")
-            contexts[context.id] = context
-        elif kind == 0x50:
-            for sub, content in _items(value):
-                user[sub] = content
-                if sub == 0x54 and len(content) >= 4:
-                    length = int.from_bytes(content[:2], "big")
-                    scu, scp = (content[2 + length :] + bytes(2))[:2]
-                    roles[_uid(content[2 : 2 + length])] = (min(scu, 1), min(scp, 1))
-    return AssociateRequest(
-        protocol_version=int.from_bytes(body[:2], "big"),
-        ae_titles=body[4:36],
-        application_context_name=application,
-        contexts=tuple(contexts.values()),
-        max_pdu=int.from_bytes(user.get(0x51, b"")[:4], "big"),
-        implementation=_text(user.get(0x55, b"")),
-        asks_for_async_window=0x53 in user,
-        roles=roles,
-    )
-
-
-def _proposed(value: bytes) -> ProposedContext:
-    if len(value) < 4:
-        raise ProtocolError("presentation context item without content")
-    parts = list(_items(value[4:]))
-    abstract = next((_uid(content) for kind, content in parts if kind == 0x30), "")
-    return ProposedContext(value[0], abstract, tuple(_uid(content) for kind, content in parts if kind == 0x40))
-
-
-def _items(data: bytes) -> Iterator[tuple[int, bytes]]:
-    at = 0
-    while at < len(data):
-        if len(data) - at < 4:
-            raise ProtocolError("bytes are left over after the last item")
-        kind, length = struct.unpack_from(">BxH", data, at)
-        if at + 4 + length > len(data):
-            raise ProtocolError(f"item 0x{kind:02X} of {length} bytes reaches beyond the PDU")
-        yield kind, data[at + 4 : at + 4 + length]
-        at += 4 + length
-
-
-def _item(kind: int, value: bytes) -> bytes:
-    return struct.pack(">BxH", kind, len(value)) + value
-
-
-def _pdu(pdu_type: int, body: bytes) -> bytes:
-    return struct.pack(">BxL", pdu_type, len(body)) + body
-
-
-def _uid(value: bytes) -> str:
-    return value.decode("latin-1").strip("\0 ")
-
-
-def _text(value: bytes) -> str:
-    """Whatever bytes a sender takes for text, without padding and control characters."""
-    try:
-        text = value.decode()
-    except UnicodeDecodeError:
-        text = value.decode("latin-1")
-    return "".join(c if c.isprintable() else "?" for c in text.strip("\0 "))

@@ -6,7 +6,7 @@ a power cut; writers wait for each other instead of failing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -116,10 +116,13 @@ def upsert(
     return int(connection.execute(query).scalar_one())
 
 
-def insert_new(connection: sa.Connection, table: sa.Table, values: Mapping[str, Any]) -> None:
-    """Insert unless a unique key stands already."""
+def insert_new(
+    connection: sa.Connection, table: sa.Table, values: Mapping[str, Any] | Sequence[Mapping[str, Any]]
+) -> None:
+    """Insert, a row or several of the same columns, unless a unique key stands already."""
     dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    connection.execute(dialect.insert(table).values(**values).on_conflict_do_nothing())
+    if values:
+        connection.execute(dialect.insert(table).on_conflict_do_nothing(), values)
 
 
 def series_key(connection: sa.Connection, series_instance_uid: str) -> int:

@@ -14,10 +14,28 @@ from typing import Any
 import sqlalchemy as sa
 
 from dicomnode.index.database import STORED, Database, stored_instance
-from dicomnode.index.tables import delivery, destination_hold, product
+from dicomnode.index.tables import UtcDateTime, delivery, destination_hold, product
 from dicomnode.model import Delivery, DeliveryState
 
 _WAITING, _HELD, _FAILED = DeliveryState.WAITING, DeliveryState.HELD, DeliveryState.FAILED
+
+
+# One statement for many rows. What a person has held meanwhile stays held, unless it has arrived.
+_RECORD = (
+    delivery.update()
+    .where(
+        delivery.c.id == sa.bindparam("row"),
+        sa.or_(delivery.c.state == _WAITING, sa.bindparam("arrived", type_=sa.Boolean)),
+    )
+    .values(
+        state=sa.bindparam("to"),
+        status=sa.bindparam("answer"),
+        reason=sa.bindparam("why"),
+        attempts=delivery.c.attempts + 1,
+        updated_at=sa.bindparam("now"),
+        next_attempt_at=sa.func.coalesce(sa.bindparam("again", type_=UtcDateTime), delivery.c.next_attempt_at),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -100,20 +118,16 @@ class Deliveries(Database):
 
     def record_attempts(self, attempts: Iterable[Attempt]) -> None:
         """Record the outcomes of several attempts, all with one commit."""
-        with self._writing() as connection:
-            for each in attempts:
-                values: dict[str, Any] = {
-                    "state": each.state,
-                    "status": each.status,
-                    "reason": each.reason,
-                    "attempts": delivery.c.attempts + 1,
-                    "updated_at": each.at,
-                }
-                if each.next_attempt_at is not None:
-                    values["next_attempt_at"] = each.next_attempt_at
-                # what a person has held meanwhile stays held, unless it has arrived
-                stays = [] if each.state is DeliveryState.DELIVERED else [delivery.c.state == _WAITING]
-                connection.execute(delivery.update().where(delivery.c.id == each.delivery_id, *stays).values(**values))
+        rows = [
+            {
+                "row": each.delivery_id, "arrived": each.state is DeliveryState.DELIVERED, "to": each.state,
+                "answer": each.status, "why": each.reason, "again": each.next_attempt_at, "now": each.at,
+            }
+            for each in attempts
+        ]  # fmt: skip
+        if rows:
+            with self._writing() as connection:
+                connection.execute(_RECORD, rows)
 
     def hold_deliveries(self, which: Which, reason: str, *, now: datetime) -> int:
         """Hold what still waits; how many rows. An instance that is on its way arrives nevertheless."""

@@ -121,8 +121,8 @@ class Jobs(Database):
     def add_products(self, products: Iterable[Product]) -> None:
         """Record what a job made; products that stand already stay as they are."""
         with self._writing() as connection:
-            for made in products:
-                insert_new(connection, product, {"job_id": made.job_id, "kind": made.kind, **asdict(made.instance)})
+            rows = [{"job_id": made.job_id, "kind": made.kind, **asdict(made.instance)} for made in products]
+            insert_new(connection, product, rows)
 
     def products_of(self, job_id: str) -> list[Product]:
         """What a job made, in the order it was made."""
@@ -147,18 +147,17 @@ class Jobs(Database):
             Why none may be sent before `release_deliveries`; empty: they are due at once.
         """
         with self._writing() as connection:
-            for product_id in connection.scalars(sa.select(product.c.id).where(product.c.job_id == job_id)).all():
-                for name in destinations:
-                    insert_new(
-                        connection,
-                        delivery,
-                        {
-                            "product_id": product_id, "destination": name,
-                            "state": DeliveryState.HELD if held else DeliveryState.WAITING, "attempts": 0,
-                            "reason": held, "next_attempt_at": now, "updated_at": now, "queued_at": now,
-                            "priority": priority,
-                        },
-                    )  # fmt: skip
+            made = connection.scalars(sa.select(product.c.id).where(product.c.job_id == job_id)).all()
+            state = DeliveryState.HELD if held else DeliveryState.WAITING
+            rows = [
+                {
+                    "product_id": product_id, "destination": name, "state": state, "attempts": 0, "reason": held,
+                    "next_attempt_at": now, "updated_at": now, "queued_at": now, "priority": priority,
+                }
+                for product_id in made
+                for name in destinations
+            ]  # fmt: skip
+            insert_new(connection, delivery, rows)
             connection.execute(
                 job.update().where(job.c.id == job_id).values(state=JobState.DONE, progress=1.0, finished_at=now)
             )

@@ -26,11 +26,12 @@ from pydicom.uid import (
     MRImageStorage,
     SpatialRegistrationStorage,
 )
-from pynetdicom import AE, AllStoragePresentationContexts, _config
+from pynetdicom import AE, AllStoragePresentationContexts
 from receiving_scp import DIE, HANG, ReceivingSCP
 
 from dicomnode.archive import Archive
-from dicomnode.delivery import DeliveryService, next_attempt, outcome, rejection
+from dicomnode.delivery import DeliveryService
+from dicomnode.delivery.policy import next_attempt, outcome
 from dicomnode.errors import LocalError, RefusedError
 from dicomnode.index import Index
 from dicomnode.model import (
@@ -44,6 +45,8 @@ from dicomnode.model import (
     SeriesState,
     VolumeRef,
 )
+from dicomnode.pdu import AssociateReject
+from dicomnode.scu import rejection
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 DELIVERED, WAITING, FAILED = DeliveryState.DELIVERED, DeliveryState.WAITING, DeliveryState.FAILED
@@ -78,13 +81,12 @@ class Outbox:
         self.index.enqueue_deliveries(self.job_id, list(destinations), now=self.clock())
         return instances
 
-    def service(self, *scps: ReceivingSCP, names: tuple[str, ...] = ("pacs",), timeout_s: float = 5.0) -> Delivering:
+    def service(self, *scps: ReceivingSCP, names: tuple[str, ...] = ("pacs",), **options: Any) -> Delivering:
         destinations = [
-            Destination(name, scp.ae_title, "127.0.0.1", scp.port) for name, scp in zip(names, scps, strict=True)
+            Destination(name, scp.ae_title, "127.0.0.1", scp.port, **{"timeout_s": 5.0, **options})
+            for name, scp in zip(names, scps, strict=True)
         ]
-        return Delivering(
-            destinations, self.index, self.archive, ae_title="NODE", timeout_s=timeout_s, clock=self.clock
-        )
+        return Delivering(destinations, self.index, self.archive, ae_title="NODE", clock=self.clock)
 
     def rows(self) -> dict[str, dict[str, Any]]:
         return {row["sop_instance_uid"]: row for row in self.index.status()["deliveries"]}
@@ -129,8 +131,7 @@ class Delivering(DeliveryService):
 
 
 @pytest.fixture
-def outbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Outbox]:
-    monkeypatch.setattr(_config, "STORE_SEND_CHUNKED_DATASET", False)  # restored after the service has set it
+def outbox(tmp_path: Path) -> Iterator[Outbox]:
     made = Outbox(tmp_path / "data")
     yield made
     made.index.close()
@@ -187,7 +188,8 @@ def test_no_status_outside_the_storing_ones_counts_as_delivered() -> None:
 
 
 def test_pauses_double_up_to_five_minutes_and_never_overflow() -> None:
-    pauses = [(next_attempt(attempts, now=NOW) - NOW).total_seconds() for attempts in (1, 2, 3, 6, 7, 8, 100_000)]
+    pacs = Destination("pacs", "PACS", "", 104)
+    pauses = [(next_attempt(pacs, attempts, now=NOW) - NOW).total_seconds() for attempts in (1, 2, 3, 6, 7, 8, 100_000)]
 
     assert pauses == [5, 10, 20, 160, 300, 300, 300]
 
@@ -202,7 +204,7 @@ def test_pauses_double_up_to_five_minutes_and_never_overflow() -> None:
 def test_a_rejected_association_is_retried_only_where_it_speaks_of_the_moment(
     answer: tuple[int, int, int], retry: bool
 ) -> None:
-    error = rejection("pacs", *answer)
+    error = rejection("pacs", AssociateReject(*answer))
 
     assert error.retry is retry
     assert isinstance(error, RefusedError) is not retry
@@ -445,7 +447,7 @@ def test_more_kinds_of_instances_than_one_association_can_carry_all_arrive(outbo
     classes = [str(each.abstract_syntax) for each in AllStoragePresentationContexts[:70]]
     with ReceivingSCP() as pacs:
         outbox.put(*(make_dataset(n, sop_class_uid=uid) for n, uid in enumerate(classes)))
-        service = outbox.service(pacs)
+        service = outbox.service(pacs, associations=1)
         service.once()
         service.once()
 
@@ -514,6 +516,7 @@ service.deliver_due(destination)
 
     def kill_on_the_second(uid: str) -> int:
         if uid == "2.25.7.1" and victims[-1].poll() is None:
+            wait_until(lambda: outbox.states()["2.25.7.0"] == "delivered")  # what was answered is recorded soon
             victims[-1].send_signal(signal.SIGKILL)  # we store it; the sender never learns
             victims[-1].wait()
         return 0x0000

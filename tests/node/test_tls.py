@@ -16,13 +16,12 @@ from pydicom.data import get_testdata_file
 from raw_scu import CT, EXPLICIT, associate_rq
 
 from dicomnode.archive import Archive
-from dicomnode.config import TlsSection
 from dicomnode.errors import LocalError
 from dicomnode.index import Index
 from dicomnode.intake import Intake
 from dicomnode.listener import Listener
 from dicomnode.negotiation import Access
-from dicomnode.service import tls_context
+from dicomnode.tls import server_context
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 
@@ -58,12 +57,8 @@ def listener(certificates: Path, tmp_path: Path) -> Iterator[Listener]:
     index.migrate()
     intake = Intake(Archive(tmp_path), index)
     intake.start()
-    section = TlsSection(
-        certificate=certificates / "node.pem", key=certificates / "node.key", client_ca=certificates / "ca.pem"
-    )
-    made = Listener(
-        "127.0.0.1", 0, intake, access=Access(), tls=tls_context(section), artim_timeout_s=3, network_timeout_s=5
-    )
+    context = server_context(certificates / "node.pem", certificates / "node.key", certificates / "ca.pem")
+    made = Listener("127.0.0.1", 0, intake, access=Access(), tls=context, artim_timeout_s=3, network_timeout_s=5)
     made.start()
     yield made
     made.stop(grace_s=0.1)
@@ -156,7 +151,6 @@ def test_dcmtk_stores_over_tls(listener: Listener, certificates: Path) -> None:
 
 
 def test_a_certificate_that_cannot_be_used_is_a_local_error_that_names_the_files(tmp_path: Path) -> None:
-    section = TlsSection(certificate=tmp_path / "no.pem", key=tmp_path / "no.key", client_ca=tmp_path / "no-ca.pem")
 
     with pytest.raises(LocalError, match=r"no\.pem"):
-        tls_context(section)
+        server_context(tmp_path / "no.pem", tmp_path / "no.key", tmp_path / "no-ca.pem")

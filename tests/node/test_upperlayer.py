@@ -11,18 +11,8 @@ from raw_scu import CT, EXPLICIT, associate_rq, c_store_rq, item, p_data, pdu
 from dicomnode import dimse, negotiation
 from dicomnode.dimse import Assembler, Command, DataPart
 from dicomnode.negotiation import STORAGE_COMMITMENT_PUSH_MODEL, VERIFICATION
-from dicomnode.upperlayer import (
-    Abort,
-    AssociateRequest,
-    ContextAnswer,
-    Event,
-    Fragment,
-    Identity,
-    ProposedContext,
-    ProtocolError,
-    ReleaseRequest,
-    UpperLayer,
-)
+from dicomnode.pdu import AssociateRequest, ContextAnswer, Identity, ProposedContext, ProtocolError
+from dicomnode.upperlayer import Abort, Event, Fragment, ReleaseRequest, UpperLayer
 
 IDENTITY = Identity("1.2.3", "TEST")
 
@@ -181,4 +171,5 @@ def test_contexts_are_answered_by_what_the_sop_class_is(
 
     answer = negotiation.answer(context, unknown_sop_classes=unknown, commitment=True)
 
-    assert answer == ContextAnswer(5, abstract, result, chosen)
+    # who is asked for storage commitment reports as its SCP
+    assert answer == ContextAnswer(5, abstract, result, chosen, scp_too=abstract == STORAGE_COMMITMENT_PUSH_MODEL)

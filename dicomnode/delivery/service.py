@@ -1,0 +1,114 @@
+"""A thread for each destination that sends what is due, as long as the node runs.
+
+Law: destinations are independent of each other: one that is down holds up nobody else. Nothing is sent outside a
+destination's hours but what is urgent, and nothing while it is paused or held.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+
+from dicomnode.archive import Archive
+from dicomnode.delivery import encoding
+from dicomnode.delivery.sending import CStore, Sending
+from dicomnode.errors import LocalError
+from dicomnode.index import Index
+from dicomnode.model import Delivery, DeliveryPriority, Destination
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 1.0
+_BATCH = 1000
+_CROWDED_FOR = timedelta(minutes=10)
+"""So long one association is enough where a destination gave us no second: it may know only one at a time."""
+
+
+class DeliveryService:
+    """Sends what is due.
+
+    Parameters
+    ----------
+    ae_title
+        Our calling AE title.
+    """
+
+    def __init__(
+        self,
+        destinations: Sequence[Destination],
+        index: Index,
+        archive: Archive,
+        *,
+        ae_title: str,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._index = index
+        self._archive = archive
+        self._ae_title = ae_title
+        self._clock = clock
+        self._stopping = threading.Event()
+        self._crowded_until: dict[str, datetime] = {}
+        self._threads = [
+            threading.Thread(target=self._run, args=(each,), name=f"delivery-{each.name}", daemon=True)
+            for each in destinations
+            if not each.is_paused
+        ]
+
+    def start(self) -> None:
+        """Begin to deliver."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Finish the instances in hand at each destination, then stop."""
+        self._stopping.set()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
+
+    def deliver_due(self, destination: Destination) -> int:
+        """Try, once, what is due at a destination; how many rows were tried.
+
+        Raises
+        ------
+        LocalError
+            The index cannot be read or written; what was not recorded will be sent again.
+        """
+        due = self._due(destination)
+        if not due:
+            return 0
+        contexts = encoding.contexts(each.instance for each in due)
+        fitting = [each for each in due if encoding.wanted(each.instance)[0] in contexts]
+        sending = Sending(
+            destination,
+            fitting,
+            lambda: CStore(destination, self._archive, ae_title=self._ae_title, contexts=contexts),
+            self._index,
+            clock=self._clock,
+            stopping=self._stopping,
+        )
+        now = self._clock()
+        is_crowded = self._crowded_until.get(destination.name, now) > now
+        sending.run(1 if is_crowded else destination.associations)
+        if sending.is_crowded:
+            self._crowded_until[destination.name] = now + _CROWDED_FOR
+        return sending.tried
+
+    def _due(self, destination: Destination) -> list[Delivery]:
+        now = self._clock()
+        is_open = destination.hours is None or destination.hours(now.astimezone()) <= now
+        up_to = None if is_open else DeliveryPriority.URGENT
+        return self._index.due_deliveries(destination.name, now=now, limit=_BATCH, up_to=up_to)
+
+    def _run(self, destination: Destination) -> None:
+        while not self._stopping.is_set():
+            try:
+                if self.deliver_due(destination):
+                    continue
+            except LocalError as error:
+                log.error("delivery to %s: trying again after: %s", destination.name, error)
+            except Exception:
+                log.exception("delivery to %s: trying again", destination.name)
+            self._stopping.wait(_POLL_S)
