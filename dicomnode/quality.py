@@ -148,8 +148,8 @@ def measure(
     InvalidVolumeError
         The fixed image is constant or has fewer than four voxels along an axis.
     """
-    image = thinned(fixed, LARGEST_VOXELS)
-    grid = image.grid
+    grid, every = thinned(fixed.grid, LARGEST_VOXELS)
+    image = Volume(fixed.voxels[every], grid)
     body = _body(image)
     outside = float(moving.voxels.min())
     unmoved, registered = (warp(moving, field, grid, outside=outside) for field in (None, delivered))
@@ -186,18 +186,20 @@ def measure(
     )
 
 
-def thinned(volume: Volume, largest: int) -> Volume:
-    """Every nth voxel, the finest axis first, until no more than `largest` are left."""
+def thinned(grid: Grid, largest: int) -> tuple[Grid, tuple[slice, slice, slice]]:
+    """Every nth voxel, the finest axes first, until no more than `largest` are left: the grid, and which they are."""
     steps = np.ones(3, dtype=int)
-    while np.prod(-(-np.array(volume.grid.shape) // steps)) > largest:
-        steps[np.argmin(volume.grid.spacing_mm * steps)] *= 2
-    if (steps == 1).all():
-        return volume
-    k, j, i = steps
-    voxels = volume.voxels[::k, ::j, ::i]
-    affine = volume.grid.affine.copy()
+    while np.prod(-(-np.array(grid.shape) // steps)) > largest:
+        spacing = grid.spacing_mm * steps
+        steps[spacing < 1.2 * spacing.min()] *= 2
+    affine = grid.affine.copy()
     affine[:3, :3] *= steps
-    return Volume(voxels, Grid((voxels.shape[0], voxels.shape[1], voxels.shape[2]), affine))
+    z, y, x = -(-np.array(grid.shape) // steps)
+    return Grid((int(z), int(y), int(x)), affine), (
+        slice(None, None, steps[0]),
+        slice(None, None, steps[1]),
+        slice(None, None, steps[2]),
+    )
 
 
 _JACOBIAN = ("jacobian_min", "jacobian_p01", "jacobian_median", "jacobian_p99", "jacobian_max")

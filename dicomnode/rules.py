@@ -36,7 +36,7 @@ from dicomnode.vocabulary import BUILT_IN, Vocabulary, tokens
 
 OUTPUTS = ("series", "sro", "dsr")
 """What a rule makes where it does not say."""
-ALL_OUTPUTS = (*OUTPUTS, "series_4d")
+ALL_OUTPUTS = (*OUTPUTS, "series_4d", "sr", "pmm", "jacobian", "displacement", "overlap")
 
 DEFAULT_EXCLUDE: tuple[dict[str, Any], ...] = (
     {"ImageType": {"any_of": ["LOCALIZER", "SCREEN SAVE", "SECONDARY", "MPR", "PROJECTION IMAGE", "SUBTRACTION"]}},
@@ -343,8 +343,7 @@ class Rule(Section):
     def _made_here(cls, outputs: tuple[str, ...]) -> tuple[str, ...]:
         for index, output in enumerate(outputs):
             if output not in ALL_OUTPUTS or output in outputs[:index]:
-                later = ": not available in this version" if output in ("jacobian", "sr", "sc") else ""
-                raise ProblemError((index,), output, f"one of {', '.join(ALL_OUTPUTS)}, each once{later}")
+                raise ProblemError((index,), output, f"one of {', '.join(ALL_OUTPUTS)}, each once")
         if not outputs:
             raise ValueError(f"at least one of {', '.join(ALL_OUTPUTS)}")
         return outputs

@@ -57,12 +57,12 @@ def make_source(datasets: list[Any], *, digest: str = "d") -> objects.SourceSeri
 def make_objects(
     fixed: list[Any], moving: list[Any], registration: Registration | None = None, **changes: Any
 ) -> list[tuple[str, Any]]:
-    """Everything that can be built of a pair; `changes` go to `objects.build`."""
+    """Result and registration objects of a pair; `changes` go to `objects.build`."""
     source = make_source(fixed)
     registration = registration or make_registration(source.grid)
     arguments = {
         "sampled": objects.sample_grid(registration),
-        "outputs": objects.OUTPUTS,
+        "outputs": ("series", "sro", "sro_affine", "dsr"),
         "provenance": make_provenance(),
         **changes,
     }

@@ -16,8 +16,12 @@ from dicomnode.objects.common import DESCRIPTION, Provenance, SourceSeries, Subj
 from dicomnode.objects.deformable import SampledField, deformable_registration, sample_grid
 from dicomnode.objects.dynamic import as_phase, reference_phase, series_4d_uid
 from dicomnode.objects.invariants import check
+from dicomnode.objects.maps import QUANTITIES, overlap_segmentation, parametric_map
+from dicomnode.objects.measurement_report import measurement_report
 from dicomnode.objects.series import registered_series
 from dicomnode.objects.spatial import spatial_registration
+from dicomnode.quality import measure
+from dicomnode.volumes import load
 from registration_engine import Registration, Volume
 
 __all__ = [
@@ -25,7 +29,10 @@ __all__ = [
     "series_4d_uid",
 ]  # fmt: skip
 
-OUTPUTS = ("series", "sro", "sro_affine", "dsr")
+REPORTS = ("sr",)
+"""What tells of a registration without its result: made of a rejected one too."""
+QUALITY = (*REPORTS, *QUANTITIES, "overlap")
+OUTPUTS = ("series", "sro", "sro_affine", "dsr", *QUALITY)
 """What can be asked for. `sro` is the rigid stage, `sro_affine` the whole linear part."""
 
 
@@ -39,12 +46,13 @@ def build(
     outputs: Collection[str],
     provenance: Provenance,
     warning: str = "",
+    rejection: str = "",
     store_in: str = "fixed_study",
     description: str = DESCRIPTION,
     resolution: str = "fixed",
     may_be_multi_frame: bool = True,
 ) -> Iterator[tuple[str, Dataset]]:
-    """Make the objects of one pair, one at a time: registration objects first, then the slices of the series.
+    """Make the objects of one pair, one at a time: registration objects, the slices of the series, quality.
 
     Parameters
     ----------
@@ -56,6 +64,8 @@ def build(
         Some of `OUTPUTS`.
     warning
         Why the verdict was a warning, to be written into the objects; empty where it was not.
+    rejection
+        Why the verdict was a rejection; empty where it was not. Nothing but those of `REPORTS` is made then.
     store_in
         fixed_study, moving_study or newest: whose study the objects go to.
     description
@@ -69,8 +79,8 @@ def build(
     Yields
     ------
     tuple[str, Dataset]
-        Kind (series, sro, dsr) and a data set with file meta information, Explicit VR Little Endian, ready for
-        `save_as(..., enforce_file_format=True)`.
+        Kind (an output's name; sro for both matrices) and a data set with file meta information, Explicit VR Little
+        Endian, ready for `save_as(..., enforce_file_format=True)`.
 
     Raises
     ------
@@ -81,10 +91,10 @@ def build(
         raise ValueError(f"outputs: got {sorted(unknown)}, expected some of {', '.join(OUTPUTS)}")
     if not registration.grid.is_same_as(fixed.grid):
         raise ValueError(f"registration: is on a grid of shape {registration.grid.shape}, expected the fixed series'")
-    subject = Subject(
-        fixed, moving, provenance, registration.displacement is not None, warning, store_in, description, resolution
-    )
-    return _tolerant(_made(subject, moving_volume, registration, sampled, set(outputs), may_be_multi_frame))
+    is_deformable = registration.displacement is not None
+    subject = Subject(fixed, moving, provenance, is_deformable, warning, store_in, description, resolution, rejection)
+    wanted = set(outputs) & set(REPORTS) if rejection else set(outputs)
+    return _tolerant(_made(subject, moving_volume, registration, sampled, wanted, may_be_multi_frame))
 
 
 def _made(
@@ -112,6 +122,23 @@ def _made(
     if "series" in outputs:
         for dataset in registered_series(subject, moving, sampled, deformable, may_be_multi_frame=may_be_multi_frame):
             yield "series", check(dataset, subject, also=deformable)
+    if outputs & set(QUALITY):
+        for kind, dataset in _of_quality(subject, moving, registration, sampled, outputs):
+            yield kind, check(dataset, subject)
+
+
+def _of_quality(
+    subject: Subject, moving: Volume, registration: Registration, sampled: SampledField, outputs: set[str]
+) -> Iterator[tuple[str, Dataset]]:
+    fixed = load(subject.fixed.datasets)
+    quality = measure(fixed, moving, registration, sampled.field, grid_error_mm=sampled.max_error_mm)
+    if "sr" in outputs:
+        yield "sr", measurement_report(subject, quality.figures)
+    for kind in QUANTITIES:
+        if kind in outputs:
+            yield kind, parametric_map(subject, kind, quality)
+    if "overlap" in outputs:
+        yield "overlap", overlap_segmentation(subject, quality)
 
 
 def _tolerant(made: Iterator[tuple[str, Dataset]]) -> Iterator[tuple[str, Dataset]]:

@@ -115,6 +115,8 @@ class Subject:
         Series Description of what is made; `{moving}` and `{fixed}` stand for those of the two series.
     resolution
         fixed or moving: whose voxel size the registered series has.
+    rejection
+        Why the verdict was a rejection; empty where it was not.
 
     Raises
     ------
@@ -130,6 +132,7 @@ class Subject:
     store_in: str = "fixed_study"
     description: str = DESCRIPTION
     resolution: str = "fixed"
+    rejection: str = ""
 
     @property
     def turned(self) -> Subject:
@@ -144,6 +147,16 @@ class Subject:
         if self.store_in == "newest":
             return moving if _day(moving) > _day(fixed) else fixed
         return moving if self.store_in == "moving_study" else fixed
+
+    @property
+    def verdict(self) -> str:
+        """ACCEPT, WARN or REJECT."""
+        return "REJECT" if self.rejection else "WARN" if self.warning else "ACCEPT"
+
+    @property
+    def reason(self) -> str:
+        """Of the verdict; empty where it was accepted without a word."""
+        return self.rejection or self.warning
 
     def __post_init__(self) -> None:
         fixed, moving = self.fixed.first, self.moving.first
@@ -363,11 +376,11 @@ def _instance(item: Dataset) -> Dataset:
     return whole
 
 
-def code(value: str, meaning: str) -> Dataset:
-    """A code of the DICOM Controlled Terminology."""
+def code(value: str, meaning: str, scheme: str = "DCM") -> Dataset:
+    """A code, by default of the DICOM Controlled Terminology."""
     item = Dataset()
     item.CodeValue = value
-    item.CodingSchemeDesignator = "DCM"
+    item.CodingSchemeDesignator = scheme
     item.CodeMeaning = meaning
     return item
 

@@ -7,9 +7,12 @@ from itertools import product
 
 import numpy as np
 from pydicom import Dataset
-from pydicom.uid import DeformableSpatialRegistrationStorage, SpatialRegistrationStorage
+from pydicom.uid import DeformableSpatialRegistrationStorage, EnhancedSRStorage, SecondaryCaptureImageStorage
 
 from dicomnode.objects.common import Subject
+
+_WITHOUT_FRAME_OF_REFERENCE = (EnhancedSRStorage, SecondaryCaptureImageStorage)
+_OTHER_STUDIES = ("StudiesContainingOtherReferencedInstancesSequence", "PertinentOtherEvidenceSequence")
 
 
 def check(dataset: Dataset, subject: Subject, *, also: Dataset | None = None) -> Dataset:
@@ -31,13 +34,11 @@ def check(dataset: Dataset, subject: Subject, *, also: Dataset | None = None) ->
     if dataset.SOPClassUID == DeformableSpatialRegistrationStorage:
         for item in _items(dataset, "VectorGridData"):
             _check_grid(item, subject)
-    elif dataset.SOPClassUID != SpatialRegistrationStorage:
-        _require(
-            len(dataset.PixelData) == 2 * dataset.Rows * dataset.Columns * dataset.get("NumberOfFrames", 1),
-            dataset,
-            "pixel bytes",
-        )
-    _require(dataset.FrameOfReferenceUID == subject.fixed.frame_of_reference_uid, dataset, "Frame of Reference")
+    for keyword in ("PixelData", "FloatPixelData"):
+        if keyword in dataset:
+            _require(len(dataset[keyword].value) == _pixel_bytes(dataset), dataset, "pixel bytes")
+    if dataset.SOPClassUID not in _WITHOUT_FRAME_OF_REFERENCE:
+        _require(dataset.FrameOfReferenceUID == subject.fixed.frame_of_reference_uid, dataset, "Frame of Reference")
     _require(dataset.StudyInstanceUID == subject.home.StudyInstanceUID, dataset, "study")
     return dataset
 
@@ -49,16 +50,26 @@ def _check_references(dataset: Dataset, subject: Subject, also: Dataset | None) 
         known[str(also.SOPInstanceUID)] = (str(also.StudyInstanceUID), str(also.SeriesInstanceUID))
     listed = {}
     studies = [(dataset.StudyInstanceUID, dataset.get("ReferencedSeriesSequence") or [])]
-    for study in dataset.get("StudiesContainingOtherReferencedInstancesSequence") or []:
-        _require(study.StudyInstanceUID != dataset.StudyInstanceUID, dataset, "own study listed as another")
-        studies.append((study.StudyInstanceUID, study.ReferencedSeriesSequence))
+    for keyword in _OTHER_STUDIES:
+        for study in dataset.get(keyword) or []:
+            _require(study.StudyInstanceUID != dataset.StudyInstanceUID, dataset, "own study listed as another")
+            studies.append((study.StudyInstanceUID, study.ReferencedSeriesSequence))
+    evidence = dataset.get("CurrentRequestedProcedureEvidenceSequence") or []
+    studies += [(study.StudyInstanceUID, study.ReferencedSeriesSequence) for study in evidence]
     for uid, series in studies:
         for item in series:
-            for instance in item.ReferencedInstanceSequence:
+            for instance in item.get("ReferencedInstanceSequence") or item.ReferencedSOPSequence:
                 listed[instance.ReferencedSOPInstanceUID] = (uid, item.SeriesInstanceUID)
     for item in _items(dataset, "ReferencedSOPInstanceUID"):
         uid = item.ReferencedSOPInstanceUID
         _require(uid in known and listed.get(uid) == known[uid], dataset, f"reference to {uid}")
+
+
+def _pixel_bytes(dataset: Dataset) -> int:
+    """PS3.5 8.1.1: frames of single bits have no gaps between them; the whole is padded to an even length."""
+    voxels = dataset.Rows * dataset.Columns * int(dataset.get("NumberOfFrames") or 1)
+    size = -(-voxels * dataset.SamplesPerPixel * dataset.BitsAllocated // 8)
+    return int(size + size % 2)
 
 
 def _check_matrix(item: Dataset) -> None:
