@@ -16,6 +16,7 @@ from dicomnode.job_folder import JobFolder, Result
 from dicomnode.model import Job, Verdict
 from dicomnode.objects import Provenance
 from dicomnode.rules import Rule
+from dicomnode.verdict import of_all
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,19 @@ class Maker:
         accepted = [role for role in folder.moving_roles if judged[role][0] != Verdict.REJECT]
         reference = self.provenance(folder.result(accepted[0]))
         series_uid = objects.series_4d_uid(digests, reference)
+        overall = of_all(
+            [(Verdict(verdict), reason) for verdict, reason in map(judged.__getitem__, folder.moving_roles)]
+        )[1]
 
         def placed(dataset: Dataset, role: str) -> Dataset:
             slices = fixed.grid.shape[0]
             return objects.as_phase(
-                dataset, series_uid=series_uid, phase=order.index(role), phases=len(order), slices=slices
+                dataset,
+                series_uid=series_uid,
+                phase=order.index(role),
+                phases=len(order),
+                slices=slices,
+                warning=overall,
             )
 
         if with_4d:

@@ -56,7 +56,7 @@ MAY_IMPORT = {
         "archive", "completion", "derived", "errors", "index", "model", "pairing", "rules", "trace", "volumes",
     },
     "job_folder": {"archive", "errors", "model", "objects", "registration_engine", "volumes"},
-    "products": {"job_folder", "model", "objects", "rules", "volumes"},
+    "products": {"job_folder", "model", "objects", "rules", "verdict", "volumes"},
     "registering": {"errors", "job_folder", "model", "objects", "verdict", "volumes", "registration_engine"},
     "steps": {
         "archive", "config", "errors", "findings", "index", "job_folder", "model", "products", "registering", "rules",
@@ -104,7 +104,7 @@ OWNERS = {
     "re2": {"dicomnode.conditions", "dicomnode.rules"},
     "torch": {"registration_engine"},
     "gdcm": {"dicomnode.volumes"},
-    "PIL": {"dicomnode.demo", "registration_engine.pictures", "registration_engine.report"},
+    "PIL": {"dicomnode.demo", "dicomnode.objects.mark", "registration_engine.pictures", "registration_engine.report"},
 }
 """Heavy packages and the only rooms that may import them. The workflow shares the index's connections."""
 

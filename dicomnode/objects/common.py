@@ -22,6 +22,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 from pydicom.valuerep import DSfloat
 
 from dicomnode.errors import StudyError
+from dicomnode.objects.mark import marked
 from dicomnode.objects.patient import copy_patient_and_study, set_body_part
 from dicomnode.volumes import SOFTWARE_NAME, frame_count, frame_number, geometry
 from registration_engine import Grid
@@ -233,7 +234,7 @@ def own_object(
     dataset.SpecificCharacterSet = character_set(subject)
     dataset.SeriesInstanceUID = subject.uid(f"{kind} series")
     dataset.SeriesNumber = series_number(subject.moving.first, number)
-    dataset.SeriesDescription = description
+    dataset.SeriesDescription = marked(description, subject.warning)
     dataset.Modality = modality
     set_body_part(dataset, fixed)
     dataset.Manufacturer = SOFTWARE_NAME
@@ -406,7 +407,8 @@ def pair_description(subject: Subject, moving: str = "") -> str:
     room = max(64 - len(bare), 0)
     if sum(len(names[name]) for name in used) > room:
         names = {name: text[: room // len(used)] for name, text in names.items()}
-    return re.sub(r"\{(moving|fixed)\}", lambda found: names[found[1]], subject.description)[:64]
+    described = re.sub(r"\{(moving|fixed)\}", lambda found: names[found[1]], subject.description)
+    return marked(described, subject.warning)
 
 
 def _name(dataset: Dataset) -> str:

@@ -12,6 +12,7 @@ from pydicom.config import disable_value_validation
 from dicomnode.objects.common import Provenance, SourceSeries, Subject, _uid
 from dicomnode.objects.deformable import sample_grid
 from dicomnode.objects.invariants import check
+from dicomnode.objects.mark import mark_image, marked
 from dicomnode.objects.series import registered_series
 from dicomnode.volumes import load, stored_values
 from registration_engine import Registration, Report
@@ -52,10 +53,11 @@ def reference_phase(fixed: SourceSeries, report: Report, provenance: Provenance,
             yield checked
 
 
-def as_phase(dataset: Dataset, *, series_uid: str, phase: int, phases: int, slices: int) -> Dataset:
-    """A slice of a registered series as a slice of the 4D series; `phase` from 0."""
+def as_phase(dataset: Dataset, *, series_uid: str, phase: int, phases: int, slices: int, warning: str = "") -> Dataset:
+    """A slice of a registered series as a slice of the 4D series; `phase` from 0, `warning` about all phases."""
     dataset.SeriesInstanceUID = series_uid
-    dataset.SeriesDescription = f"REG 4D {dataset.SeriesDescription.split(' to ')[-1]}"[:64]
+    dataset.SeriesDescription = marked(f"REG 4D {dataset.SeriesDescription.split(' to ')[-1]}", warning)
+    mark_image(dataset, warning)
     dataset.TemporalPositionIdentifier = phase + 1
     dataset.NumberOfTemporalPositions = phases
     dataset.AcquisitionNumber = phase + 1

@@ -30,6 +30,7 @@ from dicomnode.objects.common import (
     set_times,
 )
 from dicomnode.objects.deformable import SampledField, interpolate
+from dicomnode.objects.mark import mark_image
 from dicomnode.objects.multi_frame import is_enhanced, multi_frame_instance, multi_frame_template
 from dicomnode.objects.patient import copy_patient_and_study
 from dicomnode.objects.planes import Plane, Planes, planes_of, set_position
@@ -63,7 +64,9 @@ def registered_series(
     sources = [_contributing(subject, sampled, planes, k) for k in range(len(planes.slices))]
     if may_be_multi_frame and is_enhanced(subject.moving.first):
         template = _template(subject, multi_frame_template(subject.moving.first), scale, registration_object)
-        yield multi_frame_instance(subject, template, planes, sources, scale, warped.voxels, registration_object)
+        made = multi_frame_instance(subject, template, planes, sources, scale, warped.voxels, registration_object)
+        mark_image(made, subject.warning)
+        yield made
         return
     template = _single_frame_template(subject, scale, registration_object, len(planes.slices))
     for k, plane in enumerate(planes.slices):
@@ -76,6 +79,7 @@ def registered_series(
             dataset.ImageIndex = dataset.InstanceNumber
         dataset.update(copy.deepcopy(plane.geometry))
         _refer_to_images(dataset, plane, sources[k], registration_object)
+        mark_image(dataset, subject.warning)
         dataset.PixelData = scale.stored(warped.voxels[k]).tobytes()
         yield dataset
 
