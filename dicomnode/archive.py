@@ -21,7 +21,7 @@ from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 
 from dicomnode.errors import LocalError
-from dicomnode.model import Instance, JournalEntry
+from dicomnode.model import Instance, JournalEntry, RetrievedBy
 from dicomnode.spool import PREAMBLE_BYTES, JournalRecord, Source, Spool, fsync_folder, left_behind
 
 IMPLEMENTATION_CLASS_UID = "2.25.230217732564501373792718796497012300702"
@@ -74,7 +74,14 @@ class Archive:
             transfer_syntax_uid=transfer_syntax_uid,
         )
 
-    def seal(self, incoming: Incoming, source: Source, *, now: datetime) -> JournalEntry:
+    def seal(
+        self,
+        incoming: Incoming,
+        source: Source,
+        *,
+        now: datetime,
+        retrieved_by: RetrievedBy = RetrievedBy.UNKNOWN,
+    ) -> JournalEntry:
         """Make a received instance durable: it survives a power cut once this returns, and success may be answered.
 
         Raises
@@ -82,7 +89,7 @@ class Archive:
         LocalError
             The disk is full or failing; nothing was kept.
         """
-        record = JournalRecord(source, now, incoming.data_set_bytes, incoming.sha256)
+        record = JournalRecord(source, now, incoming.data_set_bytes, incoming.sha256, retrieved_by)
         try:
             size_bytes = incoming.seal(record.encode())
         except LocalError:
@@ -96,6 +103,7 @@ class Archive:
             sha256=record.sha256,
             size_bytes=size_bytes,
             received_at=now,
+            retrieved_by=retrieved_by,
         )
 
     def recover(self) -> Iterator[tuple[JournalEntry, Source]]:
@@ -117,6 +125,7 @@ class Archive:
                 sha256=digest,
                 size_bytes=path.stat().st_size,
                 received_at=record.received_at,
+                retrieved_by=record.retrieved_by,
             )
             yield entry, record.source
 

@@ -35,7 +35,7 @@ _MAX_COMMAND_BYTES = 65536
 # Element numbers of group 0000, PS3.7 E.1.
 _AFFECTED_CLASS, _REQUESTED_CLASS, _FIELD, _MESSAGE_ID, _RESPONDED_TO = 0x0002, 0x0003, 0x0100, 0x0110, 0x0120
 _PRIORITY = 0x0700
-_DATA_SET_TYPE, _STATUS, _ERROR_COMMENT = 0x0800, 0x0900, 0x0902
+_DATA_SET_TYPE, _STATUS, _ERROR_COMMENT, _MOVE_ORIGINATOR = 0x0800, 0x0900, 0x0902, 0x1030
 _AFFECTED_INSTANCE, _REQUESTED_INSTANCE, _EVENT_TYPE, _ACTION_TYPE = 0x1000, 0x1001, 0x1002, 0x1008
 
 
@@ -49,6 +49,8 @@ class Command:
         Command Field: which operation, request or response.
     sop_class_uid, sop_instance_uid
         The affected or requested ones, as sent but for padding.
+    move_originator
+        AE title of whose C-MOVE this C-STORE is a part of (PS3.7 9.1.1.1).
     """
 
     context_id: int
@@ -61,6 +63,7 @@ class Command:
     action_type: int = 0
     event_type: int = 0
     comment: str = ""
+    move_originator: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,11 @@ class Assembler:
         self._command = bytearray()
         self._context_id: int | None = None
         self._in_data_set = False
+
+    @property
+    def in_message(self) -> bool:
+        """Whether a message has begun and not ended."""
+        return self._context_id is not None
 
     def take(self, fragment: Fragment) -> Iterator[Command | DataPart]:
         """What is known with this fragment.
@@ -138,6 +146,7 @@ def decode(context_id: int, content: bytes) -> Command:
         action_type=_number(elements, _ACTION_TYPE),
         event_type=_number(elements, _EVENT_TYPE),
         comment=text(elements.get(_ERROR_COMMENT, b""))[:64],
+        move_originator=text(elements.get(_MOVE_ORIGINATOR, b"")),
     )
 
 

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from dicomnode.archive import Archive, Incoming
 from dicomnode.errors import LocalError, stack
 from dicomnode.index import AssociationRecord, Index
-from dicomnode.model import DuplicatePolicy, JournalEntry
+from dicomnode.model import DuplicatePolicy, JournalEntry, RetrievedBy
 from dicomnode.spool import Source
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,12 @@ _LONGEST_UID = 255
 _FREE_SPACE_AGE_S = 0.2
 _ENROL_EVERY_S = 0.5
 _RETRY_S = 2.0
+_SLOWEST_BYTES_PER_S = 1024
+
+
+def is_too_slow(elapsed_s: float, received_bytes: int, *, silence_s: float) -> bool:
+    """Whether so few bytes of one message in so long are as good as silence; `silence_s` is what a peer may pause."""
+    return elapsed_s > silence_s + received_bytes / _SLOWEST_BYTES_PER_S
 
 
 class FullError(LocalError):
@@ -143,7 +149,14 @@ class Intake:
         """Whether so little space is free that associations are to be rejected."""
         return self._free_bytes() < self._limits.reject_below_bytes
 
-    def keep(self, reception: Reception, source: Source, opened_at: datetime) -> None:
+    def keep(
+        self,
+        reception: Reception,
+        source: Source,
+        opened_at: datetime,
+        *,
+        retrieved_by: RetrievedBy = RetrievedBy.UNKNOWN,
+    ) -> None:
         """Make a whole instance durable; on return it is safe.
 
         Raises
@@ -155,7 +168,7 @@ class Intake:
         """
         incoming = reception.incoming
         with self._one_at_a_time_if_first_wins(incoming):
-            entry = self._archive.seal(incoming, source, now=self.clock())
+            entry = self._archive.seal(incoming, source, now=self.clock(), retrieved_by=retrieved_by)
             key = source.key.hex()
             with self._lock:
                 self._associations.setdefault(key, _record(source, opened_at))

@@ -2,7 +2,8 @@
 
 Law: data sets go to the disk as they come, never through decode and re-encode; 0x0000 is answered only after the
 intake has sealed the file; nothing a patient could be known by is logged. The protocol stands in `upperlayer` and
-`dimse`, the decisions in `negotiation`; here are sockets, threads and timers, one thread for each connection.
+`dimse`, the decisions in `negotiation`, what a message does in `messages`; here are sockets, threads and timers, one
+thread for each connection.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ import threading
 import time
 from collections import Counter
 from contextlib import suppress
-from datetime import datetime
 
-from dicomnode import dimse, negotiation
+from dicomnode import negotiation
 from dicomnode.archive import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicomnode.commitment import CommitmentSCP
-from dicomnode.dimse import Command, DataPart
 from dicomnode.errors import LocalError, stack
-from dicomnode.intake import DuplicateError, Intake, Reception
-from dicomnode.negotiation import STORAGE_COMMITMENT_PUSH_MODEL, Access
+from dicomnode.intake import Intake, is_too_slow
+from dicomnode.messages import Messages
+from dicomnode.negotiation import Access
 from dicomnode.pdu import AssociateRequest, Identity, ProtocolError
 from dicomnode.spool import Source
 from dicomnode.upperlayer import Abort, Event, Fragment, ReleaseRequest, UpperLayer
@@ -33,8 +33,6 @@ _BACKLOG = 128
 _BUFFER_BYTES = 262144
 _LINGER_S = 5.0
 _UNASKED_CONNECTIONS = 64  # beyond the associations: connections that have not asked for one yet
-_MAX_ACTION_BYTES = 32 << 20
-_CANNOT_UNDERSTAND = 0xC000  # PS3.4 Table B.2-1
 
 
 class Listener:
@@ -53,7 +51,7 @@ class Listener:
     max_pdu
         Largest PDU that peers may send, bytes (PS3.8 D.1).
     network_timeout_s
-        An association silent for so long is aborted.
+        An association silent for so long is aborted, and one whose message has not come much further in so long.
     artim_timeout_s
         From the connection to a whole A-ASSOCIATE-RQ, TLS handshake included (PS3.8 9.1.5).
     """
@@ -199,20 +197,9 @@ class _Connection:
         self.address = address
         self.thread = threading.Thread(target=self._run, name=f"association {address}", daemon=True)
         self._listener = listener
-        self._intake = listener.intake
         self._socket = accepted
         self._layer = UpperLayer(listener.max_pdu)
-        self._assembler = dimse.Assembler()
-        self._source: Source | None = None
-        self._opened_at: datetime | None = None
-        self._abstract_syntaxes: dict[int, str] = {}
-        self._transfer_syntaxes: dict[int, str] = {}
-        self._command: Command | None = None  # whose data set is coming
-        self._reception: Reception | None = None
-        self._failure: Exception | None = None
-        self._argument = bytearray()
-        self._reports: dict[int, int] = {}  # of storage commitment, by message id
-        self._stored = self._refused = 0
+        self._messages: Messages | None = None  # once the association is accepted
 
     def interrupt(self) -> None:
         """Have the thread abort its association and end."""
@@ -235,7 +222,7 @@ class _Connection:
             self._finish(_End(outcome, self._layer.abort(error.reason), str(error)))
         except TimeoutError:
             outcome = "timed out"
-            self._finish(_End(outcome, self._layer.abort() if self._source else b""))  # PS3.8 9.2.3, AA-2 in Sta2
+            self._finish(_End(outcome, self._layer.abort() if self._messages else b""))  # PS3.8 9.2.3, AA-2 in Sta2
         except OSError as error:  # TLS errors too
             outcome = "connection lost"
             self._finish(_End(outcome, detail=str(error)))
@@ -256,24 +243,28 @@ class _Connection:
             self._socket = listener.tls.wrap_socket(self._socket, server_side=True)
         view = memoryview(bytearray(_BUFFER_BYTES))
         receive, take = self._socket.recv_into, self._layer.receive
+        began, came = time.monotonic(), 0  # the message in hand, and how many bytes since
         while True:
-            if self._source is None:
+            if self._messages is None:
                 self._socket.settimeout(max(0.001, deadline - time.monotonic()))
             length = receive(view)
             if not length:
                 if listener.stopping.is_set():
                     raise _End("aborted at stop", self._layer.abort())
-                raise _End("connection lost" if self._source else "no request")
+                raise _End("connection lost" if self._messages else "no request")
+            now = time.monotonic()
+            came += length
+            if self._messages is None or not (self._layer.in_pdu or self._messages.in_message):
+                began, came = now, 0
+            elif is_too_slow(now - began, came, silence_s=listener.network_timeout_s):
+                raise TimeoutError
             for event in take(view[:length]):
                 self._on_event(event)
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Fragment):
-            for part in self._assembler.take(event):
-                if isinstance(part, DataPart):
-                    self._on_data(part)
-                else:
-                    self._on_command(part)
+            assert self._messages is not None  # the upper layer takes no data before
+            self._messages.take(event)
         elif isinstance(event, AssociateRequest):
             self._on_request(event)
         elif isinstance(event, ReleaseRequest):
@@ -283,18 +274,14 @@ class _Connection:
 
     def _finish(self, end: _End) -> None:
         """Leave, write down how it ended, then say the last words and wait for the peer to close (PS3.8 9.2, Sta13)."""
-        if self._reception is not None:
-            self._reception.discard()
         self._listener.left(self)
-        if self._source is not None and self._opened_at is not None:
+        if self._messages is not None:
             outcome = f"{end.outcome}: {end.detail}" if end.detail else end.outcome
-            self._intake.ended(
-                self._source, self._opened_at, outcome=outcome, stored=self._stored, refused=self._refused
-            )
+            source, stored, refused = self._messages.close(outcome)
             log.log(
                 logging.INFO if end.outcome == "released" else logging.WARNING,
                 "association of %s at %s: %s; %d instances stored, %d not stored",
-                self._source.calling_ae_title, self.address, outcome, self._stored, self._refused,
+                source.calling_ae_title, self.address, outcome, stored, refused,
             )  # fmt: skip
         elif end.outcome != "no request":
             log.warning("connection from %s: %s %s", self.address, end.outcome, end.detail)
@@ -321,123 +308,19 @@ class _Connection:
             )
             for context in request.contexts
         ]
-        for answer in answers:
-            if answer.result == 0:
-                self._abstract_syntaxes[answer.id] = answer.abstract_syntax
-                self._transfer_syntaxes[answer.id] = answer.transfer_syntax
-        self._source = Source.new(request.calling_ae_title, request.called_ae_title, self.address)
-        self._opened_at = self._intake.clock()
+        self._messages = Messages(
+            Source.new(request.calling_ae_title, request.called_ae_title, self.address),
+            {answer.id: answer for answer in answers if answer.result == 0},
+            listener.intake,
+            listener.commitment,
+            self._send,
+        )
         identity = Identity(IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME)
         self._socket.settimeout(listener.network_timeout_s)
         self._socket.sendall(self._layer.accept(request, answers, implementation=identity))
 
-    # ── messages ──
-
-    def _on_command(self, command: Command) -> None:
-        abstract_syntax = self._abstract_syntaxes.get(command.context_id)
-        if abstract_syntax is None:
-            raise ProtocolError(f"message in presentation context {command.context_id}, which was not accepted")
-        self._command, self._failure, self._reception = command, None, None
-        self._argument.clear()
-        if command.field == dimse.C_STORE_RQ and command.has_data_set and self._is_storage(abstract_syntax):
-            try:
-                self._reception = self._intake.begin(
-                    sop_class_uid=command.sop_class_uid,
-                    sop_instance_uid=command.sop_instance_uid,
-                    transfer_syntax_uid=self._transfer_syntaxes[command.context_id],
-                )
-            except LocalError as error:
-                self._failure = error
-        elif not command.has_data_set:
-            self._on_other_message()
-
-    def _on_data(self, part: DataPart) -> None:
-        if self._reception is not None:
-            try:
-                self._reception.write(part.data)
-            except LocalError as error:
-                self._failure = error
-                self._reception.discard()
-                self._reception = None
-        elif self._failure is None:
-            if len(self._argument) + len(part.data) > _MAX_ACTION_BYTES:
-                raise ProtocolError(f"data set of more than {_MAX_ACTION_BYTES} bytes in a message that stores nothing")
-            self._argument += part.data
-        if part.is_last:
-            if self._reception is not None or self._failure is not None:
-                self._on_instance()
-            else:
-                self._on_other_message()
-
-    def _on_instance(self) -> None:
-        """Answer a C-STORE request; the only place where an outcome becomes a status."""
-        assert self._command is not None
-        assert self._source is not None
-        assert self._opened_at is not None
-        status, comment = dimse.SUCCESS, ""
-        try:
-            if self._failure is not None:
-                raise self._failure
-            assert self._reception is not None
-            self._intake.keep(self._reception, self._source, self._opened_at)
-        except DuplicateError as error:
-            status, comment = dimse.DUPLICATE_SOP_INSTANCE, str(error)
-        except LocalError as error:
-            status, comment = dimse.OUT_OF_RESOURCES, "Not stored: out of resources"
-            log.error("instance not stored: %s", error)
-        except Exception as error:
-            status, comment = dimse.PROCESSING_FAILURE, "Not stored: internal error"
-            log.error("instance not stored: %s\n%s", type(error).__name__, stack(error))
-        finally:
-            if self._reception is not None:
-                self._reception.discard()
-            self._reception = self._failure = None
-        if status == dimse.SUCCESS:
-            self._stored += 1
-        else:
-            self._refused += 1
-            log.warning("%s: answered 0x%04X, %s", self._source.calling_ae_title, status, comment)
-        self._answer(status, comment)
-
-    def _on_other_message(self) -> None:
-        command = self._command
-        assert command is not None
-        abstract_syntax = self._abstract_syntaxes[command.context_id]
-        if command.field == dimse.C_ECHO_RQ:
-            self._answer(dimse.SUCCESS)
-        elif command.field == dimse.C_STORE_RQ:
-            self._refused += 1
-            self._answer(_CANNOT_UNDERSTAND, "No data set, or not in a context of a storage SOP class")
-        elif abstract_syntax == STORAGE_COMMITMENT_PUSH_MODEL and self._listener.commitment is not None:
-            self._on_commitment(command, self._listener.commitment)
-        elif command.field & dimse.IS_RESPONSE or command.field == dimse.C_CANCEL_RQ:
-            log.warning("from %s: message 0x%04X is ignored", self.address, command.field)
-        else:
-            self._answer(dimse.UNRECOGNIZED_OPERATION)
-
-    def _on_commitment(self, command: Command, commitment: CommitmentSCP) -> None:
-        assert self._source is not None
-        if command.field == dimse.N_ACTION_RQ:
-            transfer_syntax = self._transfer_syntaxes[command.context_id]
-            status, report = commitment.requested(command, bytes(self._argument), transfer_syntax, self._source)
-            self._answer(status)
-            if report is not None:
-                self._reports[report.message_id] = report.commitment_id
-                self._socket.sendall(self._layer.message(command.context_id, report.command, report.data_set))
-        elif command.field == dimse.N_EVENT_REPORT_RQ | dimse.IS_RESPONSE:
-            commitment_id = self._reports.pop(command.message_id, None)
-            if commitment_id is not None:
-                commitment.answered(commitment_id, command.status)
-        else:
-            self._answer(dimse.UNRECOGNIZED_OPERATION)
-
-    def _is_storage(self, abstract_syntax: str) -> bool:
-        return negotiation.is_storage(abstract_syntax, unknown_sop_classes=True)
-
-    def _answer(self, status: int, comment: str = "") -> None:
-        assert self._command is not None
-        answer = dimse.response(self._command, status, comment)
-        self._socket.sendall(self._layer.message(self._command.context_id, answer))
+    def _send(self, context_id: int, command: bytes, data_set: bytes) -> None:
+        self._socket.sendall(self._layer.message(context_id, command, data_set))
 
 
 def addresses_of(host: str) -> set[str]:

@@ -39,6 +39,17 @@ class DuplicatePolicy(StrEnum):
     """Both are kept, the last is used, and the first shows up in quarantine."""
 
 
+class RetrievedBy(StrEnum):
+    """Whose retrieve request brought an instance here, as far as its C-STORE request names a Move Originator."""
+
+    UNKNOWN = ""
+    """Nobody is named: it was sent unasked, or by a source that keeps this to itself."""
+    NODE = "node"
+    """Ours: it was fetched, and is no new examination."""
+    OTHER = "other"
+    """Another's: somebody had it sent here as if it were new."""
+
+
 class JobState(StrEnum):
     """Where a registration job stands. A crash leaves it as it is; the worker resumes it at start."""
 
@@ -126,6 +137,7 @@ class JournalEntry:
     sha256: str
     size_bytes: int
     received_at: datetime
+    retrieved_by: RetrievedBy = RetrievedBy.UNKNOWN
     id: int = 0
     attempts: int = 0
 

@@ -17,7 +17,7 @@ import pydicom
 from dicomnode.archive import Archive
 from dicomnode.errors import NodeError, RefusedError, RemoteError, stack
 from dicomnode.index import Index, PriorFetch
-from dicomnode.model import Source
+from dicomnode.model import RetrievedBy, Source
 from dicomnode.pacs_sources import Client, RemoteSeries, client_of
 from dicomnode.volumes import instance_header
 
@@ -154,6 +154,12 @@ class PriorService:
                 finally:
                     incoming.discard()
                 header = instance_header(pydicom.dcmread(self._archive.path(stored), stop_before_pixels=True))
-                self._index.add_instance(stored, header, association_id=association_id, now=datetime.now(UTC))
+                self._index.add_instance(
+                    stored,
+                    header,
+                    association_id=association_id,
+                    retrieved_by=RetrievedBy.NODE,
+                    now=datetime.now(UTC),
+                )
         finally:
             self._index.close_association(association_id, now=datetime.now(UTC))

@@ -1,8 +1,9 @@
 """Received instances before they are indexed: one fsync makes file, name and journal record durable together.
 
 Law: a spool file's 128-byte preamble, which PS3.10 7.1 leaves to the application, carries the journal record: the
-association it came by, when, its data set's length and digest, sealed with a checksum. It is written last, so a file
-without a valid record was never acknowledged. Names are made durable beforehand, many with one fsync of the folder.
+association it came by, when, whose request brought it, its data set's length and digest, sealed with a checksum. It is
+written last, so a file without a valid record was never acknowledged. Names are made durable beforehand, many with one
+fsync of the folder.
 Each process has a folder of its own and holds a lock on it; what a dead process left is found by its free lock.
 """
 
@@ -23,13 +24,16 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from dicomnode.errors import LocalError
+from dicomnode.model import RetrievedBy
 
 PREAMBLE_BYTES = 128
 NAMES_AT_ONCE = 64
 YOUNG_S = 10.0
 
 _MAGIC = b"DCMNODE1"
-_RECORD = struct.Struct("<8s16sqq32s16s16s16s")  # without its checksum
+_RECORD = struct.Struct("<8s16sqq32s16s16s16s")
+_SEAL = struct.Struct("<LB")  # checksum, and what it begins at: the number of the RetrievedBy
+_RETRIEVED_BY = (RetrievedBy.UNKNOWN, RetrievedBy.NODE, RetrievedBy.OTHER)  # their order is the format's
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -62,6 +66,7 @@ class JournalRecord:
     received_at: datetime
     data_set_bytes: int
     sha256: str
+    retrieved_by: RetrievedBy = RetrievedBy.UNKNOWN
 
     def encode(self) -> bytes:
         """128 bytes for a preamble."""
@@ -76,13 +81,17 @@ class JournalRecord:
             source.called_ae_title.encode()[:16],
             _packed(source.address),
         )
-        return (body + struct.pack("<L", zlib.crc32(body))).ljust(PREAMBLE_BYTES, b"\0")
+        number = _RETRIEVED_BY.index(self.retrieved_by)
+        return (body + _SEAL.pack(zlib.crc32(body, number), number)).ljust(PREAMBLE_BYTES, b"\0")
 
     @staticmethod
     def decode(preamble: bytes) -> JournalRecord | None:
         """The record, or None: nothing was sealed here."""
-        body, checksum = preamble[: _RECORD.size], preamble[_RECORD.size : _RECORD.size + 4]
-        if len(checksum) < 4 or struct.unpack("<L", checksum)[0] != zlib.crc32(body):
+        if len(preamble) < PREAMBLE_BYTES:
+            return None
+        body = preamble[: _RECORD.size]
+        checksum, number = _SEAL.unpack_from(preamble, _RECORD.size)
+        if number >= len(_RETRIEVED_BY) or checksum != zlib.crc32(body, number):
             return None
         magic, key, received, size, digest, calling, called, address = _RECORD.unpack(body)
         if magic != _MAGIC:
@@ -90,7 +99,8 @@ class JournalRecord:
         texts = [part.rstrip(b"\0").decode(errors="replace") for part in (calling, called)]
         ip = ipaddress.IPv6Address(address)
         source = Source(key, texts[0], texts[1], str(ip.ipv4_mapped or ip))
-        return JournalRecord(source, _EPOCH + timedelta(microseconds=received), size, digest.hex())
+        received_at = _EPOCH + timedelta(microseconds=received)
+        return JournalRecord(source, received_at, size, digest.hex(), _RETRIEVED_BY[number])
 
 
 class Spool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import threading
+import time
 from collections.abc import Callable
 
 import uvicorn
@@ -17,7 +18,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 
 from dicomnode.errors import LocalError
-from dicomnode.intake import Intake
+from dicomnode.intake import Intake, is_too_slow
 from dicomnode.spool import Source
 from dicomnode.stow import CALLING_AE_TITLE, BadRequestError, Storing, boundary_of
 
@@ -34,7 +35,7 @@ def application(
     is_admitted
         Whether this address may send.
     silence_s
-        A sender that sends nothing for so long in the middle of a request is cut off.
+        A sender that sends nothing, or next to nothing, for so long in the middle of a request is cut off.
     """
     app = FastAPI(title="dicomnode", docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -50,8 +51,11 @@ def application(
             storing = Storing(boundary, intake, source, study_instance_uid=study_instance_uid)
             outcome = "connection lost"
             try:
-                body = request.stream()
+                body, began, length = request.stream(), time.monotonic(), 0
                 while chunk := await _next(body, silence_s):
+                    length += len(chunk)
+                    if is_too_slow(time.monotonic() - began, length, silence_s=silence_s):
+                        raise _cut_off(f"{length} bytes came in {time.monotonic() - began:.0f} s")
                     await to_thread.run_sync(storing.write, chunk)
                 status, answer = storing.answer()
                 outcome = "answered"
@@ -60,10 +64,14 @@ def application(
         except BadRequestError as error:
             raise HTTPException(error.status, str(error)) from None
         except TimeoutError:
-            raise HTTPException(408, f"nothing came for {silence_s:g} s") from None
+            raise _cut_off(f"nothing came for {silence_s:g} s") from None
         return JSONResponse(answer, status, media_type="application/dicom+json")
 
     return app
+
+
+def _cut_off(why: str) -> HTTPException:
+    return HTTPException(408, why, headers={"Connection": "close"})  # or its drops would be read on
 
 
 async def _next(body: object, silence_s: float) -> bytes:

@@ -27,7 +27,7 @@ class Orthanc:
 
     ae_title = "ORTHANC"
 
-    def __init__(self, folder: Path, *, modalities: dict[str, list[Any]] | None = None) -> None:
+    def __init__(self, folder: Path, *, modalities: dict[str, Any] | None = None) -> None:
         assert EXECUTABLE is not None
         folder.mkdir(parents=True)
         self.port, self.http_port = free_port(), free_port()

@@ -37,7 +37,7 @@ def command_set(elements: list[tuple[int, bytes]]) -> bytes:
     return struct.pack("<HHLL", 0, 0, 4, len(body)) + body
 
 
-def c_store_rq(sop_class: bytes, sop_instance: bytes, *, message_id: int = 1) -> bytes:
+def c_store_rq(sop_class: bytes, sop_instance: bytes, *, message_id: int = 1, move_originator: bytes = b"") -> bytes:
     def padded(uid: bytes) -> bytes:
         return uid + b"\0" * (len(uid) % 2)
 
@@ -45,6 +45,7 @@ def c_store_rq(sop_class: bytes, sop_instance: bytes, *, message_id: int = 1) ->
         [
             (0x0002, padded(sop_class)), (0x0100, struct.pack("<H", 1)), (0x0110, struct.pack("<H", message_id)),
             (0x0700, struct.pack("<H", 0)), (0x0800, struct.pack("<H", 1)), (0x1000, padded(sop_instance)),
+            *([(0x1030, move_originator)] if move_originator else []),
         ]
     )  # fmt: skip
 
@@ -65,8 +66,8 @@ class RawSCU:
     def __init__(
         self, port: int, contexts: list[tuple[str, str]], *, timeout_s: float = 20.0, **options: bytes
     ) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=timeout_s)
-        self._socket.sendall(associate_rq(contexts, **options))
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=timeout_s)
+        self.socket.sendall(associate_rq(contexts, **options))
         self.answer = self.read_pdu()
         self.is_open = self.answer[0] == 2
 
@@ -76,7 +77,7 @@ class RawSCU:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._socket.close()
+        self.socket.close()
 
     def read_pdu(self) -> tuple[int, bytes]:
         """Type and body; ConnectionError where there is none."""
@@ -85,7 +86,7 @@ class RawSCU:
 
     def send(self, data: bytes) -> None:
         """Raw bytes."""
-        self._socket.sendall(data)
+        self.socket.sendall(data)
 
     def store(self, context: int, sop_class: str, sop_instance: str, data_set: bytes, **split: int) -> int:
         """The status answered."""
@@ -110,7 +111,7 @@ class RawSCU:
     def _read(self, length: int) -> bytes:
         data = b""
         while len(data) < length:
-            more = self._socket.recv(length - len(data))
+            more = self.socket.recv(length - len(data))
             if not more:
                 raise ConnectionError("the node closed the connection")
             data += more

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "negotiation": {"pdu"},
     "tls": {"errors", "model"},
     "scu": {"archive", "dimse", "errors", "model", "pdu", "tls", "upperlayer"},
-    "spool": {"errors"},
+    "spool": {"errors", "model"},
     "intake": {"archive", "errors", "index", "model", "spool"},
     "part10": set(),
     "importing": {"errors", "intake", "part10", "spool"},
@@ -48,8 +48,9 @@ MAY_IMPORT = {
     "web": {"errors", "intake", "spool", "stow"},
     "indexer": {"archive", "errors", "index", "model"},
     "commitment": {"dimse", "errors", "index", "intake", "model", "negotiation", "spool"},
+    "messages": {"commitment", "dimse", "errors", "intake", "model", "negotiation", "pdu", "spool", "upperlayer"},
     "listener": {
-        "archive", "commitment", "dimse", "errors", "intake", "negotiation", "pdu", "spool", "upperlayer",
+        "archive", "commitment", "errors", "intake", "messages", "negotiation", "pdu", "spool", "upperlayer",
     },
     "delivery": {"archive", "errors", "index", "model", "part10", "scu"},
     "scheduler": {

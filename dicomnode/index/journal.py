@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -17,7 +18,7 @@ import sqlalchemy as sa
 from dicomnode.index.database import STORED, insert_new, stored_instance, upsert
 from dicomnode.index.receiving import Added, Receiving
 from dicomnode.index.tables import association, instance, journal, quarantine
-from dicomnode.model import DuplicatePolicy, Instance, InstanceHeader, JournalEntry
+from dicomnode.model import DuplicatePolicy, Instance, InstanceHeader, JournalEntry, RetrievedBy
 
 
 class Settled(StrEnum):
@@ -157,9 +158,17 @@ class Journal(Receiving):
         now: datetime,
     ) -> Settled:
         association_id = _take_out(connection, entry)
-        added = self._add_instance(
-            connection, stored, header, association_id=association_id, now=now, received_at=entry.received_at
+        add = partial(
+            self._add_instance,
+            connection,
+            stored,
+            header,
+            association_id=association_id,
+            retrieved_by=entry.retrieved_by,
+            received_at=entry.received_at,
+            now=now,
         )
+        added = add()
         if added is Added.NEW:
             return Settled.INDEXED
         if added is Added.EQUAL:
@@ -179,14 +188,13 @@ class Journal(Receiving):
         values = asdict(stored_instance(former))
         connection.execute(instance.delete().where(instance.c.id == former["id"]))
         _put_aside(connection, former["association_id"], values, former["received_at"], reason)
-        self._add_instance(
-            connection, stored, header, association_id=association_id, now=now, received_at=entry.received_at
-        )
+        add()
         return Settled.REPLACED
 
 
 def _entry(row: sa.RowMapping) -> JournalEntry:
-    return JournalEntry(**{name: row[name] for name in JournalEntry.__dataclass_fields__})
+    values = {name: row[name] for name in JournalEntry.__dataclass_fields__}
+    return JournalEntry(**values | {"retrieved_by": RetrievedBy(values["retrieved_by"])})
 
 
 def _take_out(connection: sa.Connection, entry: JournalEntry) -> int:

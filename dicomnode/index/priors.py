@@ -84,11 +84,17 @@ class Priors(Database):
             ]
 
     def begin_fetch(self, fetch_id: int, ae_title: str, series_instance_uids: Sequence[str], *, attempts: int) -> None:
-        """Note which series a source is asked for, before it is: what comes of them from it is marked as fetched."""
-        found = {"ae_title": ae_title, "series": list(series_instance_uids)}
-        values = {"state": "fetching", "found": found, "attempts": attempts}
+        """Note which series a source is asked for, before it is: what comes of them from it is marked as fetched.
+
+        What it was asked for by an earlier attempt stands: it may still be sending that.
+        """
+        this = prior_fetch.c.id == fetch_id
         with self._writing() as connection:
-            connection.execute(prior_fetch.update().where(prior_fetch.c.id == fetch_id).values(**values))
+            former = connection.execute(sa.select(prior_fetch.c.found).where(this)).scalar_one()
+            asked = {*former.get("series", ()), *series_instance_uids}
+            found = {"ae_title": ae_title, "series": sorted(asked)}
+            values = {"state": "fetching", "found": found, "attempts": attempts}
+            connection.execute(prior_fetch.update().where(this).values(**values))
 
     def end_fetch(self, fetch_id: int, state: str, reason: str, *, next_attempt_at: datetime) -> None:
         """Note what became of an attempt."""

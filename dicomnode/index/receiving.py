@@ -13,7 +13,7 @@ from dicomnode.errors import LocalError
 from dicomnode.index.database import Database, inserted_key, series_key, stored_instance, upsert
 from dicomnode.index.late import is_in_a_pair
 from dicomnode.index.tables import association, instance, journal, patient, prior_fetch, product, series, study, volume
-from dicomnode.model import Instance, InstanceHeader, Member, SeriesActivity, SeriesState, VolumeRef
+from dicomnode.model import Instance, InstanceHeader, Member, RetrievedBy, SeriesActivity, SeriesState, VolumeRef
 
 
 class Added(StrEnum):
@@ -56,14 +56,30 @@ class Receiving(Database):
                 series.update().where(series.c.state == SeriesState.RECEIVING).values(last_received_at=now)
             )
 
-    def add_instance(self, stored: Instance, header: InstanceHeader, *, association_id: int, now: datetime) -> Added:
+    def add_instance(
+        self,
+        stored: Instance,
+        header: InstanceHeader,
+        *,
+        association_id: int,
+        retrieved_by: RetrievedBy = RetrievedBy.UNKNOWN,
+        now: datetime,
+    ) -> Added:
         """Index one stored instance; its series is being received again unless it is paired.
 
         A series belongs to the study and patient of its first instance; that later instances agree is checked
         when the series is read as a volume.
         """
         with self._writing() as connection:
-            return self._add_instance(connection, stored, header, association_id=association_id, now=now)
+            return self._add_instance(
+                connection,
+                stored,
+                header,
+                association_id=association_id,
+                retrieved_by=retrieved_by,
+                received_at=now,
+                now=now,
+            )
 
     def _add_instance(
         self,
@@ -72,13 +88,14 @@ class Receiving(Database):
         header: InstanceHeader,
         *,
         association_id: int,
+        retrieved_by: RetrievedBy,
+        received_at: datetime,
         now: datetime,
-        received_at: datetime | None = None,
     ) -> Added:
         known = connection.scalar(
             sa.select(instance.c.sha256).where(instance.c.sop_instance_uid == stored.sop_instance_uid)
         )
-        is_fetched = _is_asked_for(connection, header.series_instance_uid, association_id)
+        is_fetched = _is_fetched(connection, header.series_instance_uid, association_id, retrieved_by)
         if known is not None:
             if not is_fetched:
                 _make_current(connection, header.series_instance_uid, now)
@@ -88,7 +105,7 @@ class Receiving(Database):
             instance.insert().values(
                 series_id=series_id,
                 association_id=association_id,
-                received_at=received_at or now,
+                received_at=received_at,
                 **asdict(stored),
             )
         )
@@ -273,11 +290,20 @@ class Receiving(Database):
             return True
 
 
-def _is_asked_for(connection: sa.Connection, series_instance_uid: str, association_id: int) -> bool:
-    """Whether a request for this series is in hand, and this association is the asked source's."""
+def _is_fetched(
+    connection: sa.Connection, series_instance_uid: str, association_id: int, retrieved_by: RetrievedBy
+) -> bool:
+    """Whether an instance is here because the node asked for it.
+
+    Its Move Originator says so, whichever AE title the source sends under and however late (PS3.7 9.1.1.1). Of a source
+    that names none, everything counts that it is asked for while the request is in hand.
+    """
+    if retrieved_by is not RetrievedBy.UNKNOWN:
+        return retrieved_by is RetrievedBy.NODE
     # What comes after an attempt was given up was asked for too; once all has come, the source may send what it likes.
-    requests = connection.scalars(sa.select(prior_fetch.c.found).where(prior_fetch.c.state != "done")).all()
-    asked = {request["ae_title"] for request in requests if series_instance_uid in request.get("series", ())}
+    names_it = sa.cast(prior_fetch.c.found, sa.String).contains(series_instance_uid, autoescape=True)
+    requests = connection.scalars(sa.select(prior_fetch.c.found).where(prior_fetch.c.state != "done", names_it)).all()
+    asked = {request["ae_title"] for request in requests if series_instance_uid in request["series"]}
     if not asked:
         return False
     sender = sa.select(association.c.calling_ae_title).where(association.c.id == association_id)

@@ -126,6 +126,7 @@ journal = sa.Table(
     _to("association"),
     *_sealed_instance(),
     sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("retrieved_by", sa.String(8), nullable=False, server_default=""),
 )
 quarantine = sa.Table(
     "quarantine",

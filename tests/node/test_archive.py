@@ -15,6 +15,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittle
 
 from dicomnode.archive import Archive, Incoming
 from dicomnode.errors import LocalError
+from dicomnode.model import RetrievedBy
 from dicomnode.spool import JournalRecord, Source
 
 EXPLICIT = str(ExplicitVRLittleEndian)
@@ -158,16 +159,18 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert [path.parent.parent.name for path in files(archive)] == ["instances", "instances"]
 
 
+@pytest.mark.parametrize("retrieved_by", RetrievedBy)
 @pytest.mark.parametrize("address", ["192.0.2.7", "2001:db8::7"])
-def test_a_journal_record_is_read_back_equal_and_a_damaged_one_is_none(address: str) -> None:
+def test_a_journal_record_is_read_back_equal_and_a_damaged_one_is_none(address: str, retrieved_by: RetrievedBy) -> None:
     source = Source.new("RÖNTGEN", "NODE", address)
-    record = JournalRecord(source, datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=UTC), 2**40, "ab" * 32)
+    record = JournalRecord(source, datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=UTC), 2**40, "ab" * 32, retrieved_by)
 
     encoded = record.encode()
 
     assert len(encoded) == 128
     assert JournalRecord.decode(encoded) == record
-    assert JournalRecord.decode(encoded[:100] + b"!" + encoded[101:]) is None
+    for at in range(125):
+        assert JournalRecord.decode(encoded[:at] + bytes((encoded[at] ^ 1,)) + encoded[at + 1 :]) is None
     assert JournalRecord.decode(bytes(128)) is None
 
 

@@ -12,12 +12,19 @@ import phantoms
 import pytest
 from held import Held
 from orthanc import DICOMWEB, Orthanc
+from raw_scu import CT, EXPLICIT, RawSCU, c_store_rq, p_data
 from running_node import free_port
 
+from dicomnode.archive import Archive
 from dicomnode.errors import RemoteError
-from dicomnode.model import Source
+from dicomnode.intake import Intake
+from dicomnode.listener import Listener
+from dicomnode.model import RetrievedBy, Source
+from dicomnode.negotiation import Access
 from dicomnode.pacs_sources import multipart
 from dicomnode.retrieve import MAX_ATTEMPTS, PriorService
+from dicomnode.spool import JournalRecord
+from dicomnode.volumes import instance_header
 
 SMALL: dict[str, Any] = {"shape": (8, 8, 8), "spacing_mm": (5.0, 4.0, 4.0)}
 RULES = """
@@ -137,6 +144,91 @@ def test_a_source_is_left_alone_outside_its_hours(held: Held) -> None:
     assert service.fetch_due(datetime.now(UTC)) == 0
     (row,) = held.index.status()["priors"]
     assert (row["state"], row["attempts"], row["reason"]) == ("waiting", 0, "waits for the hours of pacs")
+
+
+# ── what is marked as fetched ──
+
+
+def arrive(held: Held, datasets: list[Any], *, calling: str, retrieved_by: RetrievedBy) -> None:
+    now = datetime.now(UTC)
+    association = held.index.open_association(calling_ae_title=calling, called_ae_title="NODE", address="x", now=now)
+    for dataset in datasets:
+        stored, header = held.archive.keep_dataset(dataset), instance_header(dataset)
+        held.index.add_instance(stored, header, association_id=association, retrieved_by=retrieved_by, now=now)
+    held.index.close_association(association, now=now)
+
+
+@pytest.mark.parametrize(
+    ("calling", "retrieved_by", "state", "expected"),
+    [
+        ("OUT_OF_PACS", RetrievedBy.NODE, "fetching", True),  # another AE title than was asked
+        ("OUT_OF_PACS", RetrievedBy.NODE, "done", True),  # late
+        ("ORTHANC", RetrievedBy.OTHER, "fetching", False),  # somebody sends it here at the same time
+        ("ORTHANC", RetrievedBy.UNKNOWN, "fetching", True),
+        ("ORTHANC", RetrievedBy.UNKNOWN, "failed", True),  # it still sends what it was asked for
+        ("ORTHANC", RetrievedBy.UNKNOWN, "done", False),
+        ("CT1", RetrievedBy.UNKNOWN, "fetching", False),
+    ],
+)
+def test_a_series_was_fetched_if_we_asked_for_it(
+    held: Held, calling: str, retrieved_by: RetrievedBy, state: str, expected: bool
+) -> None:
+    current, (old, *_) = new_mr(), old_ct()
+    held.receive(current)
+    ask(held, Source("pacs", "ORTHANC", "127.0.0.1", 104), str(current[0].StudyInstanceUID))
+    (fetch,) = held.index.due_fetches(now=datetime.now(UTC))
+    held.index.begin_fetch(fetch.id, "ORTHANC", [str(old.SeriesInstanceUID)], attempts=1)
+    held.index.begin_fetch(fetch.id, "ORTHANC", [], attempts=2)  # another attempt found it complete
+    if state != "fetching":
+        held.index.end_fetch(fetch.id, state, "", next_attempt_at=datetime.now(UTC))
+
+    arrive(held, [old], calling=calling, retrieved_by=retrieved_by)
+
+    found = {each.series_instance_uid: each.is_fetched for each in held.index.activities()}
+    assert found[str(old.SeriesInstanceUID)] is expected
+
+
+def test_what_a_source_sends_twice_stays_what_it_is(held: Held) -> None:
+    held.receive(new_mr())
+    for _ in range(2):
+        arrive(held, old_ct(), calling="OUT_OF_PACS", retrieved_by=RetrievedBy.NODE)
+        held.tick()
+
+    (before,) = [job["rule_id"] for job in held.index.status()["jobs"]]
+    arrive(held, old_ct("portal"), calling="OUT_OF_PACS", retrieved_by=RetrievedBy.NODE)
+    held.tick()
+
+    assert before == "to-prior"
+    assert [job["rule_id"] for job in held.index.status()["jobs"]] == ["to-prior"]
+
+
+@pytest.mark.parametrize(
+    ("originator", "expected"),
+    [(b"", RetrievedBy.UNKNOWN), (b"NODE", RetrievedBy.NODE), (b"NODE \0", RetrievedBy.NODE),
+     (b"WORKSTATION", RetrievedBy.OTHER), (b"\xff\xfe", RetrievedBy.OTHER)],
+)  # fmt: skip
+def test_the_move_originator_of_a_request_is_kept_with_the_instance(
+    tmp_path: Path, held: Held, originator: bytes, expected: RetrievedBy
+) -> None:
+    intake = Intake(Archive(tmp_path / "listening"), held.index)
+    listener = Listener("127.0.0.1", 0, intake, access=Access())
+    listener.start()
+    request = c_store_rq(CT.encode(), b"1.2.3", move_originator=originator)
+    try:
+        with RawSCU(listener.port, [(CT, EXPLICIT)], called=b"NODE") as scu:
+            scu.send(p_data(1, request, is_command=True) + p_data(1, bytes(8), is_command=False))
+            assert scu.status() == 0x0000
+            scu.release()
+        intake.flush()
+        (entry,) = held.index.take_unindexed(10)
+        record = JournalRecord.decode((tmp_path / "listening" / entry.path).read_bytes()[:128])
+    finally:
+        listener.stop()
+        intake.stop()
+
+    assert entry.retrieved_by is expected
+    assert record is not None
+    assert record.retrieved_by is expected
 
 
 @pytest.mark.parametrize(

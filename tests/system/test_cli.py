@@ -77,13 +77,17 @@ def test_status_before_the_first_run_says_so(tmp_path: Path) -> None:
 def test_without_a_configuration_the_node_serves_from_its_defaults(tmp_path: Path) -> None:
     """The port is the default one: only checked where nothing else has it."""
     node = RunningNode(tmp_path)
-    node.start()
+    try:
+        node.start()
+        status = json.loads(node.command("status", "--json").stdout)
+        stopped = node.stop()
+    finally:
+        node.kill()
 
-    status = json.loads(node.command("status", "--json").stdout)
     assert status.pop("journal") == [{"not_yet_indexed": 0, "oldest": None}]
     assert {"studies", "series", "jobs", "deliveries", "quarantine", "associations", "commitments"} <= status.keys()
     assert not any(status.values())
-    assert node.stop() == 0
+    assert stopped == 0
     assert "worker stopped" in node.logged()
 
 

@@ -38,7 +38,9 @@ pytestmark = [
 @pytest.mark.parametrize("fetch", ["c-move", "c-get"])
 def test_a_prior_comes_from_orthanc_though_it_stops_half_way(tmp_path: Path, fetch: str) -> None:
     port = free_port()
-    pacs = Orthanc(tmp_path / "pacs", modalities={"NODE": ["DICOMNODE", "127.0.0.1", port]})
+    # It sends under another AE title than it answers under: only the Move Originator tells that it was asked to.
+    known = {"AET": "DICOMNODE", "Host": "127.0.0.1", "Port": port, "LocalAet": "ARCHIVE_OUT"}
+    pacs = Orthanc(tmp_path / "pacs", modalities={"NODE": known})
     node = RunningNode(
         tmp_path / "node",
         rules=RULES,
@@ -76,6 +78,8 @@ def test_a_prior_comes_from_orthanc_though_it_stops_half_way(tmp_path: Path, fet
         **{str(each[0].SeriesInstanceUID): SLICES for each in prior},
         str(current[0].SeriesInstanceUID): len(current),
     }
+    senders = {row["calling_ae_title"] for row in status["associations"]}
+    assert senders == {"SCANNER", "ARCHIVE_OUT" if fetch == "c-move" else "ORTHANC"}
     assert Counter(row["state"] for row in status["priors"]) == {"done": 1}
     assert status["priors"][0]["attempts"] >= 2
 
