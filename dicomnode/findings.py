@@ -10,7 +10,7 @@ from datetime import datetime
 
 from dicomnode.conditions import Check
 from dicomnode.model import Ambiguity, Pair
-from dicomnode.rules import Rule
+from dicomnode.rule import Rule
 from dicomnode.scopes import Key, Scope
 
 LeftOut = tuple[str, Check]

@@ -15,7 +15,8 @@ from dicomnode.derived import Subject, study_date
 from dicomnode.findings import LeftOut, RuleFinding, ScopeFinding, keys_of, label
 from dicomnode.model import Ambiguity, Pair, SeriesActivity, VolumeRef
 from dicomnode.reasons import reason, several
-from dicomnode.rules import Role, Rule, RuleSet, Selection
+from dicomnode.rule import Role, Rule, Selection
+from dicomnode.rules import RuleSet
 from dicomnode.scopes import Key, Scope, Subjects, in_time, key_of, scopes_of
 
 Rank = tuple[float, float, int, float]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dicomnode.derived import Scalar, Subject, dot, study_date, values_of
 from dicomnode.model import VolumeRef
-from dicomnode.rules import Rule
+from dicomnode.rule import Rule
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dicomnode import objects, volumes
 from dicomnode.job_folder import JobFolder, Result
 from dicomnode.model import Job, Verdict
 from dicomnode.objects import Provenance
-from dicomnode.rules import Rule
+from dicomnode.rule import Rule
 from dicomnode.verdict import of_all
 
 

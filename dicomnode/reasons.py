@@ -11,7 +11,7 @@ from itertools import islice
 from dicomnode import partners
 from dicomnode.derived import study_date
 from dicomnode.findings import RuleFinding, ScopeFinding, label
-from dicomnode.rules import Rule
+from dicomnode.rule import Rule
 from dicomnode.scopes import Key, Scope
 
 MAX_CLAUSES = 6

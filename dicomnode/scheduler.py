@@ -16,7 +16,8 @@ from dicomnode.derived import Subject, study_date
 from dicomnode.errors import ConfigError, IncompleteSeriesError, LocalError, StudyError, stack
 from dicomnode.index import NOT_LOOKED_AT, Enqueue, Index
 from dicomnode.model import Promise, SeriesActivity, SeriesState, Source, VolumeRef
-from dicomnode.rules import Rule, RuleSet
+from dicomnode.rule import Rule
+from dicomnode.rules import RuleSet
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dicomnode.derived import Subject, acquired_s, study_date, values_of
 from dicomnode.model import VolumeRef
-from dicomnode.rules import Rule
+from dicomnode.rule import Rule
 
 Key = tuple[str, int]
 """Series Instance UID and volume number."""

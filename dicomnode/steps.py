@@ -23,7 +23,7 @@ from dicomnode.job_folder import JobFolder
 from dicomnode.model import JobState, Product, Verdict
 from dicomnode.products import Maker
 from dicomnode.registering import judge_pairs, provenance, register
-from dicomnode.rules import Rule
+from dicomnode.rule import Rule
 from dicomnode.scopes import in_time, key_of
 from registration_engine import PRESETS, Preset
 

@@ -12,7 +12,7 @@ from dicomnode import partners
 from dicomnode.conditions import Check
 from dicomnode.findings import RuleFinding, ScopeFinding, keys_of, label
 from dicomnode.reasons import no_role, note
-from dicomnode.rules import Role, Rule
+from dicomnode.rule import Role, Rule
 from dicomnode.scopes import Key
 
 MAX_PARTNERS = 400

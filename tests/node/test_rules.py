@@ -14,7 +14,8 @@ from dicomnode.derived import Subject, contrast, geometry
 from dicomnode.document import ConfigProblemsError, ProblemError
 from dicomnode.errors import ConfigError
 from dicomnode.model import HeaderValue
-from dicomnode.rules import OUTPUTS, RuleSet
+from dicomnode.rule import OUTPUTS
+from dicomnode.rules import RuleSet
 from dicomnode.vocabulary import BUILT_IN, tokens
 
 ROOT = Path(__file__).resolve().parents[2]

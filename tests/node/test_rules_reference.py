@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from volume_refs import NOW, volume
 
-from dicomnode import pairing, rules, vocabulary
+from dicomnode import pairing, rule, rules, vocabulary
 from dicomnode.conditions import OPERATORS
 from dicomnode.derived import DERIVED
 from dicomnode.model import VolumeRef
@@ -52,12 +52,12 @@ def test_every_kind_of_pairing_has_an_example() -> None:
 
 def test_every_word_of_the_language_stands_in_the_reference() -> None:
     words = {
-        *(field.alias or name for name, field in rules.Rule.model_fields.items()),
-        *rules.PairConditions.model_fields,
-        *rules.Ready.model_fields,
-        *rules.Priors.model_fields,
-        *rules.Split.model_fields,
-        *(set(OPERATORS) | set(DERIVED) | vocabulary.BUILT_IN.names | set(rules.ALL_OUTPUTS) - {"series_4d"}),
+        *(field.alias or name for name, field in rule.Rule.model_fields.items()),
+        *rule.PairConditions.model_fields,
+        *rule.Ready.model_fields,
+        *rule.Priors.model_fields,
+        *rule.Split.model_fields,
+        *(set(OPERATORS) | set(DERIVED) | vocabulary.BUILT_IN.names | set(rule.ALL_OUTPUTS) - {"series_4d"}),
     }
 
     assert {word for word in words if not re.search(rf"\b{re.escape(word)}\b", TEXT)} == set()
