@@ -62,8 +62,8 @@ MAY_IMPORT = {
     "products": {"job_folder", "model", "objects", "rule", "verdict", "volumes"},
     "registering": {"errors", "job_folder", "model", "objects", "verdict", "volumes", "registration_engine"},
     "steps": {
-        "archive", "config", "errors", "findings", "index", "job_folder", "model", "products", "registering", "rule", "rules",
-        "scopes", "volumes", "registration_engine",
+        "archive", "config", "errors", "findings", "index", "job_folder", "model", "products", "registering", "rule",
+        "rules", "scopes", "volumes", "registration_engine",
     },
     "reproduce": {
         "archive", "errors", "index", "job_folder", "model", "products", "registering", "rules", "registration_engine",
