@@ -7,15 +7,17 @@ is said.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from dicomnode import document
+from dicomnode.destinations import SENDER, DestinationSection
 from dicomnode.document import ProblemError, Section
-from dicomnode.errors import ConfigError
+from dicomnode.errors import ConfigError, StudyError
+from dicomnode.fields import AETitle, Host, HostOrNetwork, Name, Port, matching
 from dicomnode.model import Destination, Source
 from dicomnode.schedule import Schedule
 
@@ -61,23 +63,6 @@ def schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
 
 
-def _ae_title(text: str) -> str:
-    # PS3.5 Table 6.2-1, VR AE: default repertoire without backslash and control characters, at most 16 bytes,
-    # leading and trailing spaces not significant (so refused here, where they can only be a slip).
-    if not re.fullmatch(r"[\x20-\x7e]{1,16}", text) or "\\" in text or text != text.strip():
-        raise ValueError("an AE title: 1 to 16 ASCII characters, no backslash, no space at either end")
-    return text
-
-
-def _matching(pattern: str, expected: str) -> Callable[[str], str]:
-    def check(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(expected)
-        return text
-
-    return check
-
-
 def _database_url(url: str) -> str:
     if re.fullmatch(r"postgresql\+psycopg://.+", url):
         return url
@@ -92,14 +77,7 @@ def _mapping_or_list(value: object) -> object:
     return value
 
 
-AETitle = Annotated[str, AfterValidator(_ae_title), Field(min_length=1, max_length=16)]
-Host = Annotated[str, AfterValidator(_matching(r"[^\s/@]+", "a host name or address")), Field(min_length=1)]
-HostOrNetwork = Annotated[
-    str, AfterValidator(_matching(r"[^\s/@]+(/\d{1,3})?", "an address, a network such as 10.1.0.0/16, or a host name"))
-]
-Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
-Name = Annotated[str, AfterValidator(_matching(r"[A-Za-z0-9._-]{1,64}", "1 to 64 letters, digits or . _ -"))]
-Device = Annotated[str, AfterValidator(_matching(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N (N from 0)"))]
+Device = Annotated[str, AfterValidator(matching(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N (N from 0)"))]
 Reserved = Annotated[
     Any, BeforeValidator(_mapping_or_list), Field(description="Reserved for a later version; no effect yet.")
 ]
@@ -153,15 +131,6 @@ class DatabaseSection(Section):
     )
 
 
-class DestinationSection(Section):
-    """A Storage SCP that results are sent to."""
-
-    name: Name = Field(description="Our word for it, unique.")
-    ae_title: AETitle = Field(description="Its AE title.")
-    host: Host = Field(description="Its host name or address.")
-    port: Port = Field(description="Its port.")
-
-
 class SourceSection(Section):
     """A PACS that rules ask for earlier examinations."""
 
@@ -172,7 +141,7 @@ class SourceSection(Section):
     fetch: Literal["c-move", "c-get", "dicomweb"] = Field(
         default="c-move", description="c-move needs our AE title, host and port at the source; dicomweb needs url."
     )
-    url: Annotated[str, AfterValidator(_matching(r"|https?://\S+[^/\s]", "http(s)://…, without / at its end"))] = Field(
+    url: Annotated[str, AfterValidator(matching(r"|https?://\S+[^/\s]", "http(s)://…, without / at its end"))] = Field(
         default="", description="Base of its DICOMweb service."
     )
     hours: Schedule | None = Field(default=None, description="When it may be asked, but for urgent rules.")
@@ -221,7 +190,7 @@ class PeerSection(Section):
         default=None, strict=True, ge=1, description="Associations it may have open at once; left out: no own limit."
     )
     port: Port | None = Field(
-        default=None, description="Where it takes storage commitment reports; left out: only on its own associations."
+        default=None, description="Where it takes storage commitment reports, and results that go back to who sent."
     )
 
 
@@ -303,6 +272,8 @@ class Config(Section):
         for index, name in enumerate(names):
             if name in names[:index]:
                 raise ProblemError(("destinations", index, "name"), name, "a name that no other destination has")
+            if name == SENDER:
+                raise ProblemError(("destinations", index, "name"), name, "another name: this one means whoever sent")
         if self.access.mode == "known" and not self.peers:
             raise ProblemError(("peers",), "no peers", "at least one peer where access.mode is known")
         if self.limits.reject_below_free_mb > self.limits.refuse_below_free_mb:
@@ -328,7 +299,47 @@ class Config(Section):
     @property
     def destinations(self) -> tuple[Destination, ...]:
         """Where results are sent."""
-        return tuple(Destination(d.name, d.ae_title, d.host, d.port) for d in self.destination_sections)
+        return tuple(section.destination() for section in self.destination_sections)
+
+    @property
+    def peer_destinations(self) -> tuple[Destination, ...]:
+        """Peers that results can go back to, under names that no configured destination can have."""
+        return tuple(
+            Destination(f"{SENDER}:{peer.ae_title}", peer.ae_title, peer.host, peer.port)
+            for peer in self.peers
+            if peer.port is not None and peer.host is not None and "/" not in peer.host
+        )
+
+    def route(self, asked: Sequence[str] | None, senders: Sequence[str]) -> list[str]:
+        """Names of the destinations that a rule asks for.
+
+        Parameters
+        ----------
+        asked
+            As the rule has them; None: every one.
+        senders
+            Calling AE titles of whoever sent, for `sender`: the destination of that AE title, or the peer with a
+            host and a port.
+
+        Raises
+        ------
+        StudyError
+            One is not configured (any more).
+        """
+        configured = {each.name for each in self.destinations}
+        names: dict[str, None] = {}
+        for name in [each.name for each in self.destinations] if asked is None else asked:
+            if name != SENDER:
+                if name not in configured:
+                    raise StudyError(f"destination {name} of the rule is not configured any more")
+                names[name] = None
+                continue
+            known = {each.ae_title: each.name for each in (*self.peer_destinations, *self.destinations)}
+            if missing := [each for each in senders if each not in known]:
+                whose = f"{', '.join(missing)}, who sent the fixed series"
+                raise StudyError(f"results cannot go back to {whose}: no such destination, nor peer with host and port")
+            names |= {known[each]: None for each in senders}
+        return list(names)
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -376,6 +387,7 @@ def _resolved(config: Config, folder: Path) -> Config:
         update={
             "node": config.node.model_copy(update={"data_dir": data_dir}),
             "database": config.database.model_copy(update={"url": url}),
+            "destination_sections": tuple(section.resolved(folder) for section in config.destination_sections),
             "rules_path": None if config.rules_path is None else folder / config.rules_path.expanduser(),
             "tls": None
             if config.tls is None

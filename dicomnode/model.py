@@ -360,6 +360,15 @@ class TlsFiles:
 
 
 @dataclass(frozen=True)
+class Availability:
+    """Who takes Instance Availability Notifications."""
+
+    ae_title: str
+    host: str
+    port: int
+
+
+@dataclass(frozen=True)
 class Destination:
     """Where results are sent.
 
@@ -373,6 +382,14 @@ class Destination:
         From when an instance was put on its way; None: never.
     hours
         Local time → when sending may begin, but for urgent results; None: always.
+    url
+        Base of a DICOMweb service: results go to it by STOW-RS. Empty: by C-STORE.
+    skip_present
+        Ask it by C-FIND what it has, and do not send that.
+    commitment_within_s
+        Ask it for storage commitment, again where no report came in so long; None: do not.
+    announce_to
+        Who is told when all of a job has arrived there.
     """
 
     name: str
@@ -388,6 +405,10 @@ class Destination:
     is_paused: bool = False
     timeout_s: float = 60.0
     tls: TlsFiles | None = None
+    url: str = ""
+    skip_present: bool = False
+    commitment_within_s: float | None = None
+    announce_to: Availability | None = None
 
 
 @dataclass(frozen=True)

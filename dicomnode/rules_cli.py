@@ -21,6 +21,7 @@ from pydicom.errors import InvalidDicomError
 
 from dicomnode import config as configuration
 from dicomnode import pairing, partners, rules, trace, volumes
+from dicomnode.destinations import SENDER
 from dicomnode.errors import ConfigError, StudyError
 from dicomnode.findings import label
 from dicomnode.index import Index, open_index
@@ -46,7 +47,7 @@ def check_against(config: configuration.Config, found: RuleSet, file: str) -> Ru
             ("priors.sources", "source", rule.priors.sources, sources),
         ):
             for name in names:
-                if name not in known:
+                if name not in known and (kind, name) != ("destination", SENDER):
                     expected = f"a {kind} of the configuration ({', '.join(known) or 'none'})"
                     raise ConfigError(file, f"rules({rule.id}).{key}", name, expected)
     return found

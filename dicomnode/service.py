@@ -74,7 +74,9 @@ def serve(config: Config, config_path: Path | None, stop: threading.Event) -> No
         enqueue=queue.enqueue,
     )
     children = [ChildProcess("indexer", config_path), ChildProcess("worker", config_path)]
-    delivery = DeliveryService(config.destinations, index, archive, ae_title=config.node.ae_title)
+    delivery = DeliveryService(
+        (*config.destinations, *config.peer_destinations), index, archive, ae_title=config.node.ae_title
+    )
     intake = intake_of(config, archive, index)
     peers = tuple(
         Peer(peer.ae_title, () if peer.host is None else (peer.host,), peer.max_associations, peer.port)

@@ -16,11 +16,11 @@ from datetime import UTC, datetime
 from dicomnode import rules, volumes
 from dicomnode.archive import Archive
 from dicomnode.config import Config
-from dicomnode.errors import RegistrationRejectedError, StudyError
+from dicomnode.errors import RegistrationRejectedError
 from dicomnode.findings import keys_of
 from dicomnode.index import SUPERSEDED, Index
 from dicomnode.job_folder import JobFolder
-from dicomnode.model import JobState, Product, Verdict
+from dicomnode.model import DeliveryPriority, JobState, Product, Verdict
 from dicomnode.products import Maker
 from dicomnode.registering import judge_pairs, provenance, register
 from dicomnode.rule import Rule
@@ -109,12 +109,11 @@ class Steps:
         """Put every product on its way to the rule's destinations, or to all; the job is done with the same commit."""
         if self._index.is_superseded(job_id):
             raise RegistrationRejectedError(SUPERSEDED)
-        configured = [each.name for each in self._config.destinations]
-        asked = self._rule(job_id).destinations
-        names = configured if asked is None else list(asked)
-        if missing := sorted(set(names) - set(configured)):
-            raise StudyError(f"destination {', '.join(missing)} of the rule is not configured any more")
-        self._index.enqueue_deliveries(job_id, names, now=datetime.now(UTC))
+        rule = self._rule(job_id)
+        senders = self._index.senders_of(self._index.job(job_id).fixed_series_instance_uid)
+        names = self._config.route(rule.destinations, senders)
+        priority = DeliveryPriority[rule.priority.upper().replace("-", "_")]
+        self._index.enqueue_deliveries(job_id, names, now=datetime.now(UTC), priority=priority)
         self._folder(job_id).remove()
 
     def _folder(self, job_id: str) -> JobFolder:

@@ -15,7 +15,9 @@ MAY_IMPORT = {
     "errors": set(),
     "model": set(),
     "document": {"errors"},
-    "config": {"document", "errors", "model", "schedule"},
+    "fields": set(),
+    "destinations": {"document", "fields", "model", "schedule"},
+    "config": {"destinations", "document", "errors", "fields", "model", "schedule"},
     "vocabulary": set(),
     "derived": {"model", "vocabulary"},
     "conditions": {"derived", "document", "vocabulary"},
@@ -84,8 +86,8 @@ MAY_IMPORT = {
     "jobs_cli": {"archive", "config", "errors", "index", "model", "reproduce"},
     "rules_parser": {"rules_cli"},
     "rules_cli": {
-        "config", "errors", "findings", "index", "model", "pairing", "partners", "rules", "scopes", "trace", "volumes",
-        "workflow",
+        "config", "destinations", "errors", "findings", "index", "model", "pairing", "partners", "rules", "scopes",
+        "trace", "volumes", "workflow",
     },
     "cli": {
         "archive", "config", "demo", "errors", "importing", "index", "indexer", "jobs_parser", "model", "rules",

@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from dicomnode.index.database import STORED, Database, stored_instance
-from dicomnode.index.tables import UtcDateTime, delivery, destination_hold, product
+from dicomnode.index.tables import UtcDateTime, association, delivery, destination_hold, instance, product, series
 from dicomnode.model import Delivery, DeliveryState
 
 _WAITING, _HELD, _FAILED = DeliveryState.WAITING, DeliveryState.HELD, DeliveryState.FAILED
@@ -159,6 +159,19 @@ class Deliveries(Database):
         with self._writing() as connection:
             held = destination_hold.delete().where(destination_hold.c.destination == destination)
             return connection.execute(held).rowcount > 0
+
+    def senders_of(self, series_instance_uid: str) -> list[str]:
+        """Calling AE titles that the instances of a series came from."""
+        query = (
+            sa.select(association.c.calling_ae_title)
+            .join(instance, instance.c.association_id == association.c.id)
+            .join(series, instance.c.series_id == series.c.id)
+            .where(series.c.series_instance_uid == series_instance_uid)
+            .group_by(association.c.calling_ae_title)
+            .order_by(sa.func.min(instance.c.id))
+        )
+        with self._reading() as connection:
+            return list(connection.scalars(query))
 
     def undelivered(self, job_id: str) -> int:
         """How many of a job's rows have not arrived, for whatever reason: none of its instances may be deleted."""

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,8 @@ import registration_engine.presets
 from dicomnode import config
 from dicomnode.config import PRESETS, RESERVED, Config
 from dicomnode.document import MAX_NODES, ConfigProblemsError, parse
-from dicomnode.errors import ConfigError
-from dicomnode.model import Destination
+from dicomnode.errors import ConfigError, StudyError
+from dicomnode.model import Availability, Destination, TlsFiles
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -306,7 +308,7 @@ def test_the_schema_names_every_section_and_describes_every_key() -> None:
         f"{section}.{key}"
         for section, body in schema["$defs"].items()
         for key, about in body["properties"].items()
-        if "description" not in about
+        if "description" not in about and "$ref" not in about  # a section's own description stands with it
     ]
     assert undescribed == []
     assert schema["$defs"]["NodeSection"]["properties"]["port"]["maximum"] == 65535
@@ -323,3 +325,81 @@ def test_the_example_configuration_loads_and_shows_every_default() -> None:
     assert loaded.node.model_dump(exclude={"data_dir"}) == plain.node.model_dump(exclude={"data_dir"})
     assert loaded.limits.model_fields_set == set(type(loaded.limits).model_fields)
     assert loaded.node.model_fields_set == set(type(loaded.node).model_fields)
+
+
+DESTINATIONS = """
+peers:
+  - {ae_title: CT1, host: 10.0.0.7, port: 104}
+  - {ae_title: CT2, host: 10.0.0.0/24, port: 104}
+  - {ae_title: CT3, host: 10.0.0.8}
+destinations:
+  - {name: pacs, ae_title: PACS, host: pacs.example, port: 104}
+  - {name: cloud, url: "https://dicom.example/dicom-web"}
+  - name: slow
+    ae_title: SLOW
+    host: slow.example
+    port: 104
+    associations: 1
+    timeout_s: 10.0
+    retry: {first_s: 1.0, factor: 3.0, longest_s: 60.0, give_up_after_h: 48.0}
+    hours: {from: "22:00", to: "06:00"}
+    paused: true
+    skip_present: true
+    commitment_within_h: 6.0
+    announce_to: {ae_title: RIS, host: ris.example, port: 105}
+    tls: {certificate: node.pem, key: node.key, ca: /etc/ca.pem, check_host_name: false}
+"""
+
+
+def test_a_destination_says_how_it_is_sent_to(tmp_path: Path) -> None:
+    file = tmp_path / "node.yaml"
+    file.write_text(DESTINATIONS)
+
+    pacs, cloud, slow = config.load(file).destinations
+
+    assert pacs == Destination("pacs", "PACS", "pacs.example", 104)
+    assert (cloud.url, cloud.host, cloud.port) == ("https://dicom.example/dicom-web", "dicom.example", 443)
+    assert slow.hours is not None
+    assert slow.hours(datetime(2026, 1, 2, 12)) == datetime(2026, 1, 2, 22)
+    assert replace(slow, hours=None) == Destination(
+        "slow", "SLOW", "slow.example", 104, associations=1, timeout_s=10, first_pause_s=1, pause_factor=3,
+        longest_pause_s=60, give_up_after_s=48 * 3600, is_paused=True, skip_present=True, commitment_within_s=6 * 3600,
+        announce_to=Availability("RIS", "ris.example", 105),
+        tls=TlsFiles(tmp_path / "node.pem", tmp_path / "node.key", Path("/etc/ca.pem"), check_host_name=False),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ("name: sender, ae_title: A, host: h, port: 104", "destinations[0].name"),
+        ("name: a, url: ftp://h/x", "destinations[0].url"),
+        ("name: a, url: https://h/x, skip_present: true", "destinations[0].skip_present"),
+        ("name: a, url: https://h/x, commitment_within_h: 1.0", "destinations[0].commitment_within_h"),
+        ("name: a, ae_title: A, host: h, port: 1, retry: {first_s: 9.0, longest_s: 1.0}",
+         "destinations[0].retry.longest_s"),
+        ("name: a, ae_title: A, host: h, port: 1, tls: {certificate: a, key: b}", "destinations[0].tls.ca"),
+    ],
+)  # fmt: skip
+def test_a_destination_that_makes_no_sense_is_refused_by_its_key(tmp_path: Path, more: str, key: str) -> None:
+    file = tmp_path / "node.yaml"
+    file.write_text(f"destinations: [{{{more}}}]")
+
+    with pytest.raises(ConfigError) as caught:
+        config.load(file)
+
+    assert caught.value.key == key
+
+
+def test_what_goes_back_to_the_sender_finds_its_destination_or_says_whose_is_missing(tmp_path: Path) -> None:
+    file = tmp_path / "node.yaml"
+    file.write_text(DESTINATIONS)
+    loaded = config.load(file)
+
+    assert loaded.route(None, ["CT1"]) == ["pacs", "cloud", "slow"]
+    assert loaded.route(["sender", "pacs"], ["CT1", "PACS"]) == ["sender:CT1", "pacs"]
+    assert loaded.peer_destinations == (Destination("sender:CT1", "CT1", "10.0.0.7", 104),)
+    with pytest.raises(StudyError, match="CT2, CT3"):
+        loaded.route(["sender"], ["CT1", "CT2", "CT3"])
+    with pytest.raises(StudyError, match="destination gone of the rule is not configured"):
+        loaded.route(["gone"], [])

@@ -435,6 +435,15 @@ def test_urgent_results_are_due_first_and_alone_where_asked(index: Index) -> Non
     assert urgent.instance.sop_instance_uid == "2.2"
 
 
+def test_who_sent_a_series_is_known_by_their_ae_titles(index: Index) -> None:
+    for number, sender in enumerate(("CT1", "PACS", "CT1")):
+        association = index.open_association(calling_ae_title=sender, called_ae_title="B", address="c", now=NOW)
+        index.add_instance(stored(f"1.2.{number}"), header("1.2"), association_id=association, now=NOW)
+
+    assert index.senders_of("1.2") == ["CT1", "PACS"]
+    assert index.senders_of("1.3") == []
+
+
 def test_our_own_products_coming_back_are_known_by_their_uids(index: Index) -> None:
     job_id = make_job(index)
     index.add_products([Product(job_id, "series", stored("1.7.1"))])
