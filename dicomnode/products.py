@@ -34,38 +34,36 @@ class Maker:
     folder: JobFolder
 
     def make(self) -> Iterator[tuple[str, Dataset]]:
-        """Kind and object, one at a time; with `series_4d` the series of all phases are one."""
+        """Kind and object, one at a time; with `series_4d` the series of all phases are one.
+
+        Of a pair that was rejected its report alone, and only where the rule wants that.
+        """
         rule, folder, order = self.rule, self.folder, self.folder.order
         judged = folder.read_json("verdicts")
+        registered = [role for role in folder.moving_roles if role not in folder.read_json("failed")]
+        accepted = [role for role in registered if judged[role][0] != Verdict.REJECT]
         fixed = folder.source("fixed")
         with_4d = "series_4d" in rule.outputs
         outputs = [name for name in rule.outputs if name != "series_4d"] + (["series"] if with_4d else [])
         outputs += ["sro_affine"] if rule.registration.affine_sro else []
         digests = [digest for role in order for digest in folder.digests(role).values()]
-        accepted = [role for role in folder.moving_roles if judged[role][0] != Verdict.REJECT]
-        reference = self.provenance(folder.result(accepted[0]))
+        reference = self.provenance(folder.result(registered[0]))
         series_uid = objects.series_4d_uid(digests, reference)
-        overall = of_all(
-            [(Verdict(verdict), reason) for verdict, reason in map(judged.__getitem__, folder.moving_roles)]
-        )[1]
+        _, overall = of_all([judged[role] for role in folder.moving_roles])
 
         def placed(dataset: Dataset, role: str) -> Dataset:
-            slices = fixed.grid.shape[0]
+            slices, phase = fixed.grid.shape[0], order.index(role)
             return objects.as_phase(
-                dataset,
-                series_uid=series_uid,
-                phase=order.index(role),
-                phases=len(order),
-                slices=slices,
-                warning=overall,
+                dataset, series_uid=series_uid, phase=phase, phases=len(order), slices=slices, warning=overall
             )
 
-        if with_4d:
+        if with_4d and accepted:
             report = folder.result(accepted[0]).registration.report
             for dataset in objects.reference_phase(fixed, report, reference, store_in=rule.store_in):
                 yield "series", placed(dataset, "fixed")
-        for role in accepted:
+        for role in registered if rule.verdict.report_rejected else accepted:
             result, moving = folder.result(role), folder.source(role)
+            is_rejected, reason = role not in accepted, judged[role][1]
             for kind, dataset in objects.build(
                 fixed,
                 moving,
@@ -74,7 +72,8 @@ class Maker:
                 result.sampled,
                 outputs=outputs,
                 provenance=self.provenance(result),
-                warning=judged[role][1],
+                warning="" if is_rejected else reason,
+                rejection=reason if is_rejected else "",
                 store_in=rule.store_in,
             ):
                 yield kind, placed(dataset, role) if with_4d and kind == "series" else dataset

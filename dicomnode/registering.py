@@ -15,6 +15,8 @@ from dicomnode import objects, volumes
 from dicomnode.errors import RegistrationRejectedError, StudyError
 from dicomnode.job_folder import JobFolder, Result
 from dicomnode.model import Verdict
+from dicomnode.quality import measure
+from dicomnode.thresholds import Thresholds
 from dicomnode.verdict import judge, of_all
 from registration_engine import Preset, Volume
 from registration_engine.devices import describe_device
@@ -78,20 +80,25 @@ def _register_phases(
     folder.write_json("failed", failed)
 
 
-def judge_pairs(folder: JobFolder) -> tuple[Verdict, str, dict[str, Any]]:
-    """Judge what would be delivered of every pair, each alone: the verdict on all of it, its reason, the reports."""
+def judge_pairs(folder: JobFolder, thresholds: Thresholds) -> tuple[Verdict, str, dict[str, Any]]:
+    """Judge what would be delivered of every pair, each alone: the verdict on all of it, its reason, the reports.
+
+    A report is the engine's, with the measured `figures`; of several pairs it is a list, `phases`, with None for one
+    that could not be registered.
+    """
     moving, failed = folder.moving_roles, folder.read_json("failed")
     judged: dict[str, tuple[Verdict, str]] = {role: (Verdict.REJECT, reason) for role, reason in failed.items()}
+    fixed = volumes.load(folder.datasets("fixed"))
     reports = {}
     for role in moving:
         if role in failed:
             continue
         result = folder.result(role)
-        sampled = result.sampled
-        judged[role] = judge(
-            result.registration, sampled.field, max_error_mm=sampled.max_error_mm, tolerance_mm=sampled.tolerance_mm
-        )
-        reports[role] = result.registration.report.as_dict()
+        found, sampled = result.registration, result.sampled
+        image = volumes.load(folder.datasets(role))
+        figures = measure(fixed, image, found, sampled.field, grid_error_mm=sampled.max_error_mm).figures
+        judged[role] = judge(figures, thresholds)
+        reports[role] = {**found.report.as_dict(), "figures": figures.as_dict()}
     folder.write_json("verdicts", judged)
     report = reports[moving[0]] if len(moving) == 1 else {"phases": [reports.get(role) for role in moving]}
     return *of_all([judged[role] for role in moving]), report

@@ -28,6 +28,7 @@ from dicomnode.derived import DERIVED
 from dicomnode.document import ProblemError, Section
 from dicomnode.model import JobPlan
 from dicomnode.schedule import Schedule
+from dicomnode.thresholds import Thresholds
 
 OUTPUTS = ("series", "sro", "dsr")
 """What a rule makes where it does not say."""
@@ -265,6 +266,7 @@ class Rule(Section):
     outputs: tuple[str, ...] = OUTPUTS
     destinations: tuple[str, ...] | None = None
     store_in: Literal["fixed_study", "moving_study", "newest"] = "fixed_study"
+    verdict: Thresholds = Thresholds()
     priority: Literal["urgent", "normal", "off-peak"] = "normal"
     schedule: Schedule | None = None
     exclude: tuple[ConditionField, ...] | None = None

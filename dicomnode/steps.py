@@ -7,6 +7,7 @@ the archive and the index.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from dicomnode.registering import judge_pairs, provenance, register
 from dicomnode.rule import Rule
 from dicomnode.scopes import in_time, key_of
 from registration_engine import PRESETS, Preset
+
+log = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S = 1.0
 
@@ -92,11 +95,13 @@ class Steps:
 
     def verdict(self, job_id: str) -> None:
         """Judge what would be delivered; stop here if it must not be. Of a dynamic series each phase stands alone."""
-        folder = self._folder(job_id)
-        verdict, reason, report = judge_pairs(folder)
+        folder, rule = self._folder(job_id), self._rule(job_id)
+        verdict, reason, report = judge_pairs(folder, rule.verdict)
         self._index.judge_job(job_id, verdict, reason, report, provenance=provenance(folder))
         if verdict is Verdict.REJECT:
-            raise RegistrationRejectedError(reason)
+            log.error("ALERT job %s of rule %s: its result is rejected and not sent: %s", job_id, rule.id, reason)
+            if not (rule.verdict.report_rejected and "sr" in rule.outputs):
+                raise RegistrationRejectedError(reason)
 
     def objects(self, job_id: str) -> None:
         """Make the objects and keep them; what is kept and committed already is never made again."""

@@ -2,48 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from dicomnode.model import Verdict
-from registration_engine import PRESETS, DisplacementField, Grid, Registration
+from dicomnode.quality import Figures
+from dicomnode.thresholds import AT_LEAST, Thresholds
 
-_SLAB = 8
 
-
-def judge(
-    registration: Registration, delivered: DisplacementField, *, max_error_mm: float, tolerance_mm: float
-) -> tuple[Verdict, str]:
-    """Judge a registration and the field sampled from it.
-
-    Parameters
-    ----------
-    delivered
-        The total field that the objects will carry.
-    max_error_mm, tolerance_mm
-        Largest distance of the delivered from the engine's map, and what was aimed at.
+def judge(figures: Figures, thresholds: Thresholds) -> tuple[Verdict, str]:
+    """Judge a registration by its figures.
 
     Returns
     -------
     tuple[Verdict, str]
-        The reason is empty where accepted. Reject: similarity falls, the delivered field folds anywhere in the fixed
-        volume, or the displacement exceeds the preset's limit. Warn: the delivered field is coarser than aimed at.
+        The reason names every figure beyond a limit, with the limit; it is empty where accepted. A figure that could
+        not be measured is beyond every limit.
     """
-    report = registration.report
-    if not report.similarity_after >= report.similarity_before:
-        got = f"{report.similarity_before:.4f} to {report.similarity_after:.4f}"
-        return Verdict.REJECT, f"similarity fell from {got}, expected it to rise"
-    folded = folding_fraction(delivered, registration.grid)
-    if folded > 0:
-        return Verdict.REJECT, f"the delivered field folds in {folded:.3%} of the fixed volume, expected nowhere"
-    limit = PRESETS[report.preset].largest_displacement_mm
-    if not report.max_displacement_mm <= limit:
-        got = f"{report.max_displacement_mm:.1f} mm"
-        return Verdict.REJECT, f"displacement of {got}, expected at most {limit:.1f} mm with preset {report.preset}"
-    if max_error_mm > tolerance_mm:
-        got = f"{max_error_mm:.2f} mm"
-        return Verdict.WARN, f"grid error up to {got}, aimed at {tolerance_mm:.2f} mm: size limit"
+    values = {
+        **vars(figures),
+        "similarity_gain": figures.similarity_after - figures.similarity_before,
+        "patch_nmi_gain": figures.patch_nmi_after - figures.patch_nmi_before,
+    }
+    found: dict[Verdict, list[str]] = {Verdict.REJECT: [], Verdict.WARN: []}
+    for name, limits in thresholds.limits().items():
+        for verdict, limit in ((Verdict.REJECT, limits.reject), (Verdict.WARN, limits.warn)):
+            if limit is not None and not _holds(name, values[name], limit):
+                found[verdict].append(_told(name, values[name], limit))
+                break
+    for verdict, reasons in found.items():
+        if reasons:
+            return verdict, "; ".join(reasons)
     return Verdict.ACCEPT, ""
 
 
@@ -60,34 +49,16 @@ def of_all(judged: Sequence[tuple[Verdict, str]]) -> tuple[Verdict, str]:
     return (Verdict.WARN, warned[0]) if warned else (Verdict.ACCEPT, "")
 
 
-def folding_fraction(field: DisplacementField, fixed: Grid) -> float:
-    """Share of the field's nodes inside the fixed volume with det J <= 0.
+def _holds(name: str, value: float, limit: float) -> bool:
+    return value >= limit if name in AT_LEAST else value <= limit
 
-    Central differences, one-sided at the border, as the engine's report and SimpleITK's Jacobian filter have them.
 
-    Parameters
-    ----------
-    field
-        Total displacement, two nodes or more along each axis.
+def _told(name: str, value: float, limit: float) -> str:
+    *words, last = name.split("_")
+    unit = _UNITS.get(last, "")
+    said = " ".join(words if unit else [*words, last])
+    got = f"{value:.4g}{unit}" if math.isfinite(value) else "not measurable"
+    return f"{said} {got}, expected at {'least' if name in AT_LEAST else 'most'} {limit:.4g}{unit}"
 
-    References
-    ----------
-    Leow et al., Statistical properties of Jacobian maps, IEEE TMI 2007.
-    """
-    axes = field.grid.affine[:3, :3]
-    volume = np.linalg.det(axes)
-    planes, rows, columns = field.grid.shape
-    folded = nodes = 0
-    for first in range(0, planes, _SLAB):
-        last = min(first + _SLAB, planes)
-        low, high = max(first - 1, 0), min(last + 1, planes)
-        u = field.vectors[low:high].astype(np.float64)
-        along_k, along_j, along_i = (axes[:, n] + np.gradient(u, axis=n) for n in range(3))
-        determinant = np.einsum("...c,...c", along_k, np.cross(along_j, along_i))[first - low : last - low] / volume
-        index = np.moveaxis(np.indices((last - first, rows, columns), dtype=np.float64), 0, -1)
-        index[..., 0] += first
-        place = fixed.indices(field.grid.points_mm(index))
-        inside = np.all((place >= -0.5) & (place <= np.array(fixed.shape) - 0.5), axis=-1)
-        folded += int(np.count_nonzero((determinant <= 0) & inside))
-        nodes += int(np.count_nonzero(inside))
-    return folded / nodes if nodes else 0.0
+
+_UNITS = {"mm": " mm", "deg": " degrees"}

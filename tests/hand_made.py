@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dicomnode import objects, volumes
+from dicomnode.quality import Figures
 from registration_engine import Grid, Registration, Report
 
 CREATED_AT = datetime(2025, 3, 4, 5, 6, 7, tzinfo=UTC)
@@ -40,6 +42,18 @@ def make_report(**changes: Any) -> Report:
         "similarity_after": 0.4, "folding_fraction": 0.0, "sdlogj": 0.1, "max_displacement_mm": 7.0,
     }  # fmt: skip
     return Report(**{**values, **changes})
+
+
+def make_figures(**changes: float) -> Figures:
+    """Of a good registration."""
+    values = {each.name: 0.0 for each in fields(Figures)}
+    values |= {
+        "similarity_before": 0.2, "similarity_after": 0.4, "patch_nmi_before": 0.2, "patch_nmi_after": 0.3,
+        "overlap_fraction": 0.98, "jacobian_median": 1.0, "sdlogj": 0.1, "nonlinear_max_mm": 12.0,
+        "nonlinear_p95_mm": 7.0, "rotation_deg": 2.0, "translation_mm": 4.0, "inverse_consistency_p95_mm": 0.1,
+        "grid_error_mm": 0.1,
+    }  # fmt: skip
+    return Figures(**{**values, **changes})
 
 
 def make_provenance(**changes: Any) -> objects.Provenance:

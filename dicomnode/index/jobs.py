@@ -139,7 +139,8 @@ class Jobs(Database):
         priority: DeliveryPriority = DeliveryPriority.NORMAL,
         held: str = "",
     ) -> None:
-        """One delivery per (product, destination), once; the job is done with the same commit.
+        """One delivery per (product, destination), once; the job ends with the same commit, rejected where that was its
+        verdict, else done.
 
         Parameters
         ----------
@@ -158,6 +159,7 @@ class Jobs(Database):
                 for name in destinations
             ]  # fmt: skip
             insert_new(connection, delivery, rows)
+            ended = sa.case((job.c.verdict == Verdict.REJECT, JobState.REJECTED), else_=JobState.DONE)
             connection.execute(
-                job.update().where(job.c.id == job_id).values(state=JobState.DONE, progress=1.0, finished_at=now)
+                job.update().where(job.c.id == job_id).values(state=ended, progress=1.0, finished_at=now)
             )

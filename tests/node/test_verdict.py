@@ -1,113 +1,124 @@
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import fields
 
-import numpy as np
-import numpy.typing as npt
 import pytest
-import SimpleITK
-from hand_made import make_registration, make_report, rotation
+from hand_made import make_figures
 
+from dicomnode import rules
+from dicomnode.errors import ConfigError
 from dicomnode.model import Verdict
-from dicomnode.objects import sample_grid
-from dicomnode.verdict import folding_fraction, judge
-from registration_engine import PRESETS, DisplacementField, Grid
+from dicomnode.quality import Figures
+from dicomnode.thresholds import AT_LEAST, Limits, Thresholds
+from dicomnode.verdict import judge, of_all
 
-GRID = Grid((12, 16, 20), np.diag([4.0, 3.0, 2.0, 1.0])[[2, 1, 0, 3]])
+RULE = """
+version: 1
+rules:
+  - id: r
+    roles: {fixed: {match: {contrast: false}}, moving: {match: {contrast: true}}}
+    verdict: %s
+"""
 
 
-def field_of(vectors: npt.NDArray[np.float64], grid: Grid = GRID) -> DisplacementField:
-    return DisplacementField(vectors.astype(np.float32), grid)
+def thresholds(text: str) -> Thresholds:
+    return rules.parse(RULE % text, "rules").rule("r").verdict
 
 
-def test_a_good_registration_is_accepted_without_a_word() -> None:
-    registration = make_registration(GRID)
-
-    sampled = sample_grid(registration)
-
-    verdict = judge(registration, sampled.field, max_error_mm=sampled.max_error_mm, tolerance_mm=sampled.tolerance_mm)
-    assert verdict == (Verdict.ACCEPT, "")
+def test_good_figures_are_accepted_without_a_word() -> None:
+    assert judge(make_figures(), Thresholds()) == (Verdict.ACCEPT, "")
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "verdict", "reason"),
     [
-        ({"similarity_after": 0.19}, "similarity fell from 0.2000 to 0.1900"),
-        ({"similarity_after": float("nan")}, "similarity fell"),
-        ({"max_displacement_mm": 1 + PRESETS["balanced"].largest_displacement_mm}, "displacement of"),
-        ({"max_displacement_mm": float("nan")}, "displacement of"),
+        ({"similarity_after": 0.19}, Verdict.REJECT, "similarity gain -0.01, expected at least 0"),
+        ({"folding_fraction": 1e-6}, Verdict.REJECT, "folding fraction 1e-06, expected at most 0"),
+        ({"nonlinear_max_mm": 60.5}, Verdict.REJECT, "nonlinear max 60.5 mm, expected at most 60 mm"),
+        ({"similarity_after": math.nan}, Verdict.REJECT, "similarity gain not measurable"),
+        ({"folding_fraction": math.nan}, Verdict.REJECT, "folding fraction not measurable"),
+        ({"grid_error_mm": 0.314}, Verdict.WARN, "grid error 0.314 mm, expected at most 0.2 mm"),
     ],
 )
-def test_a_report_beyond_its_limits_rejects(change: dict[str, float], reason: str) -> None:
-    registration = replace(make_registration(GRID), report=make_report(**change))
+def test_a_figure_beyond_its_limit_decides_and_is_named(
+    change: dict[str, float], verdict: Verdict, reason: str
+) -> None:
+    got, why = judge(make_figures(**change), Thresholds())
 
-    verdict, got = judge(registration, sample_grid(registration).field, max_error_mm=0, tolerance_mm=0.2)
-
-    assert verdict is Verdict.REJECT
-    assert reason in got
+    assert got is verdict
+    assert reason in why
 
 
-def test_a_fold_in_the_delivered_field_rejects_whatever_the_report_says() -> None:
-    registration = make_registration(GRID)
-    delivered = sample_grid(registration).field
-    vectors = np.array(delivered.vectors)
-    vectors[tuple(np.array(vectors.shape[:3]) // 2)] += 12
+def test_every_figure_beyond_a_limit_is_named_and_the_worst_decides() -> None:
+    figures = make_figures(similarity_after=0.1, folding_fraction=0.5, grid_error_mm=9)
 
-    verdict, reason = judge(registration, field_of(vectors, delivered.grid), max_error_mm=0, tolerance_mm=0.2)
+    verdict, reason = judge(figures, Thresholds())
 
     assert verdict is Verdict.REJECT
-    assert "the delivered field folds in" in reason
+    assert reason.split("; ") == [
+        "similarity gain -0.1, expected at least 0", "folding fraction 0.5, expected at most 0",
+    ]  # fmt: skip
 
 
-def test_a_grid_coarser_than_aimed_at_warns_with_the_figure() -> None:
-    registration = make_registration(GRID)
+@pytest.mark.parametrize("name", list(Thresholds().limits()))
+def test_a_rule_moves_each_limit_and_the_figure_is_held_against_it(name: str) -> None:
+    bound = 0.5
+    good, bad = (0.6, 0.4) if name in AT_LEAST else (0.4, 0.6)
+    only = Thresholds(**{each: Limits() for each in Thresholds().limits()})
 
-    verdict = judge(registration, sample_grid(registration).field, max_error_mm=0.314, tolerance_mm=0.2)
-
-    assert verdict == (Verdict.WARN, "grid error up to 0.31 mm, aimed at 0.20 mm: size limit")
-
-
-def test_a_rotation_does_not_fold_on_any_axes() -> None:
-    turned = (rotation(30, 40, 170) - np.eye(4))[:3, :3]
-    index = np.moveaxis(np.indices(GRID.shape), 0, -1).astype(float)
-    mirrored = Grid(GRID.shape, GRID.affine @ np.diag([-1.0, 1, 1, 1]))
-
-    for grid in (GRID, mirrored):
-        assert folding_fraction(field_of(grid.points_mm(index) @ turned.T, grid), grid) == 0
-
-
-@pytest.mark.parametrize("axis", [0, 1, 2])
-def test_a_mirroring_map_folds_everywhere(axis: int) -> None:
-    index = np.moveaxis(np.indices(GRID.shape), 0, -1).astype(float)
-    mirror = np.zeros((3, 3))
-    mirror[axis, axis] = -2
-
-    assert folding_fraction(field_of(GRID.points_mm(index) @ mirror.T), GRID) == 1
+    for limits, expected in ((Limits(warn=bound), Verdict.WARN), (Limits(reject=bound), Verdict.REJECT)):
+        set_so = only.model_copy(update={name: limits})
+        measured = {
+            value: make_figures(**{name.replace("gain", "before"): 0.0, name.replace("gain", "after"): value})
+            if name.endswith("gain")
+            else make_figures(**{name: value})
+            for value in (good, bad)
+        }
+        assert judge(measured[good], set_so)[0] is Verdict.ACCEPT
+        assert judge(measured[bad], set_so)[0] is expected
 
 
-def test_the_share_counts_the_nodes_that_fold() -> None:
-    vectors = np.zeros((*GRID.shape, 3))
-    vectors[:, :, 10, 0] = 4.1  # mm along x where nodes are 2 mm apart: beyond it, space runs backwards
+def test_every_limit_is_on_something_that_is_measured() -> None:
+    measured = {each.name for each in fields(Figures)} | {"similarity_gain", "patch_nmi_gain"}
 
-    assert folding_fraction(field_of(vectors), GRID) == pytest.approx(1 / 20)
-
-
-def test_the_share_is_what_simpleitk_counts() -> None:
-    vectors = np.random.default_rng(0).normal(0, 2, (*GRID.shape, 3))
-    image = SimpleITK.GetImageFromArray(vectors, isVector=True)
-    image.SetSpacing([2.0, 3.0, 4.0])
-
-    determinant = SimpleITK.GetArrayFromImage(SimpleITK.DisplacementFieldJacobianDeterminant(image))
-
-    inner = np.s_[1:-1, 1:-1, 1:-1]
-    fixed = Grid((10, 14, 18), GRID.affine @ np.array([[1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 1, 1], [0, 0, 0, 1.0]]))
-    assert 0.01 < (determinant[inner] <= 0).mean() == pytest.approx(folding_fraction(field_of(vectors), fixed))
+    assert set(Thresholds().limits()) <= measured
 
 
-def test_folding_outside_the_fixed_volume_does_not_count() -> None:
-    vectors = np.zeros((*GRID.shape, 3))
-    vectors[:, :, 18, 0] = 5
-    fixed = Grid((12, 16, 10), GRID.affine)
+def test_what_a_rule_does_not_name_keeps_its_default_and_null_means_never() -> None:
+    found = thresholds("{grid_error_mm: {reject: 3}, folding_fraction: {reject: null}}")
 
-    assert folding_fraction(field_of(vectors), fixed) == 0
-    assert folding_fraction(field_of(vectors), GRID) > 0
+    assert found.grid_error_mm == Limits(warn=0.2, reject=3)
+    assert found.folding_fraction == Limits()
+    assert found.nonlinear_max_mm == Thresholds().nonlinear_max_mm
+    assert judge(make_figures(folding_fraction=0.5), found)[0] is Verdict.ACCEPT
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "{overlap_fraction: {warn: 0.2, reject: 0.5}}",
+            "overlap_fraction.warn: got 0.2, expected warn above reject, 0.5",
+        ),
+        ("{sdlogj: {warn: 2, reject: 1}}", "sdlogj.warn: got 2.0, expected warn below reject, 1"),
+        ("{sdlogj: {warn: yes}}", "sdlogj.warn"),
+        ("{sdlog: {warn: 1}}", "did you mean 'sdlogj'"),
+        ("{sdlogj: {alarm: 1}}", "alarm"),
+        ("{folding_fraction: 0}", "folding_fraction"),
+    ],
+)
+def test_a_mistake_in_a_rule_is_told_by_its_key(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        thresholds(text)
+
+    assert message in str(error.value)
+
+
+def test_a_dynamic_series_is_rejected_only_where_every_phase_is() -> None:
+    accept, warn, reject = (Verdict.ACCEPT, ""), (Verdict.WARN, "w"), (Verdict.REJECT, "r")
+
+    assert of_all([reject]) == reject
+    assert of_all([accept, warn]) == warn
+    assert of_all([reject, accept]) == (Verdict.WARN, "1 of 2 phases were rejected, the first: r")
+    assert of_all([reject, reject])[0] is Verdict.REJECT
