@@ -1,4 +1,4 @@
-"""What the commands about jobs do: `provenance`, `reproduce`; their options stand in `jobs_parser`."""
+"""What the commands about jobs and their deliveries do; their options stand in `jobs_parser`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import UTC, datetime
 
 from dicomnode import config as configuration
 from dicomnode.archive import Archive
 from dicomnode.errors import ConfigError
-from dicomnode.index import Index, open_index
+from dicomnode.index import Index, Which, open_index
 from dicomnode.model import Job
 
 
@@ -36,6 +37,39 @@ def reproduce(arguments: argparse.Namespace) -> int:
     return 0 if same else 1
 
 
+def resend(arguments: argparse.Namespace) -> int:
+    """Put deliveries on their way again; exit status 1 where there are none."""
+    with _deliveries(arguments, sop_instance_uid=arguments.instance) as (index, which):
+        count = index.resend_deliveries(which, now=datetime.now(UTC), delivered=arguments.delivered)
+    print(f"{count} deliveries are due again")
+    return 0 if count else 1
+
+
+def hold(arguments: argparse.Namespace) -> int:
+    """Hold a job's deliveries, or a destination."""
+    with _deliveries(arguments) as (index, which):
+        now = datetime.now(UTC)
+        if which.job_id is None:
+            index.hold_destination(arguments.destination, arguments.reason, now=now)
+            print(f"{arguments.destination} gets nothing until it is released")
+            return 0
+        count = index.hold_deliveries(which, arguments.reason, now=now)
+    print(f"{count} deliveries are held")
+    return 0 if count else 1
+
+
+def release(arguments: argparse.Namespace) -> int:
+    """Release them; exit status 1 where nothing was held."""
+    with _deliveries(arguments) as (index, which):
+        if which.job_id is None:
+            was_held = index.release_destination(arguments.destination)
+            print(f"{arguments.destination} {'is released' if was_held else 'was not held'}")
+            return 0 if was_held else 1
+        count = index.release_deliveries(which, now=datetime.now(UTC))
+    print(f"{count} deliveries are released")
+    return 0 if count else 1
+
+
 @contextmanager
 def _job(arguments: argparse.Namespace) -> Iterator[tuple[configuration.Config, Index, Job]]:
     """The configuration, the node's index and the job that the command is about.
@@ -48,10 +82,38 @@ def _job(arguments: argparse.Namespace) -> Iterator[tuple[configuration.Config, 
     config = configuration.load(arguments.config)
     index = open_index(config.database_url)
     try:
-        ids = index.jobs_like(arguments.job)
-        if len(ids) != 1:
-            expected = "the id of one job, or its beginning" + (f"; {len(ids)} begin so" if ids else "")
-            raise ConfigError("dicomnode", "JOB", arguments.job, expected)
-        yield config, index, index.job(ids[0])
+        yield config, index, index.job(_job_id(index, arguments.job))
+    finally:
+        index.close()
+
+
+def _job_id(index: Index, beginning: str) -> str:
+    ids = index.jobs_like(beginning)
+    if len(ids) != 1:
+        expected = "the id of one job, or its beginning" + (f"; {len(ids)} begin so" if ids else "")
+        raise ConfigError("dicomnode", "JOB", beginning, expected)
+    return ids[0]
+
+
+@contextmanager
+def _deliveries(arguments: argparse.Namespace, **more: str | None) -> Iterator[tuple[Index, Which]]:
+    """The node's index, and which deliveries the command is about.
+
+    Raises
+    ------
+    ConfigError
+        Nothing says which, or there is no such job or destination.
+    """
+    config = configuration.load(arguments.config)
+    known = [each.name for each in (*config.destinations, *config.peer_destinations)]
+    if arguments.job is None and arguments.destination is None and not any(more.values()):
+        raise ConfigError("dicomnode", "JOB", None, "a job, or --destination")
+    if arguments.destination not in (None, *known):
+        expected = f"a destination of the configuration ({', '.join(known) or 'none'})"
+        raise ConfigError("dicomnode", "--destination", arguments.destination, expected)
+    index = open_index(config.database_url)
+    try:
+        job_id = None if arguments.job is None else _job_id(index, arguments.job)
+        yield index, Which(job_id=job_id, destination=arguments.destination, **more)
     finally:
         index.close()

@@ -1,4 +1,4 @@
-"""The options of the commands about jobs. Law: light; what a command does is imported when it runs."""
+"""The options of the commands about jobs and deliveries. Law: light; what a command does is imported when it runs."""
 
 from __future__ import annotations
 
@@ -23,6 +23,29 @@ def add_commands(commands: Any) -> None:
     again = command("reproduce", text)
     again.add_argument("--out", type=Path, required=True, metavar="DIR", help="an empty folder, or one to be made")
     again.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N; without it, as the configuration has it")
+    _add_delivery_commands(commands)
+
+
+def _add_delivery_commands(commands: Any) -> None:
+    def command(name: str, text: str, job_text: str) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run=_later(name))
+        sub.add_argument("job", metavar="JOB", nargs="?", help=job_text)
+        sub.add_argument("--destination", metavar="NAME", help="to this destination alone")
+        sub.add_argument("--config", type=Path, metavar="F", help="configuration file; without it, the defaults")
+        return sub
+
+    again = command(
+        "resend",
+        "send at once what has failed or waits for its next attempt",
+        "what this job made; id or its beginning",
+    )
+    again.add_argument("--instance", metavar="UID", help="the instance of this SOP Instance UID alone")
+    again.add_argument("--delivered", action="store_true", help="what has arrived, too")
+    whole = "what this job made; without it, everything to the destination, now and from now on"
+    hold = command("hold", "send nothing more of a job, or to a destination, until `release`", whole)
+    hold.add_argument("--reason", metavar="TEXT", default="held by a person", help="shown by `status`")
+    command("release", "send what `hold` has held, or what waits for approval", whole)
 
 
 def _later(name: str) -> Callable[[argparse.Namespace], int]:
