@@ -16,6 +16,7 @@
                         verdict       pure: accept · warn · reject
       → objects         products      every object of every pair of the job that was not rejected
                         objects       pure: registered series, SRO, DSR; UIDs derived from the inputs
+      → handed over     handover      approval, rejection notes about what former jobs had sent
       → deliveries      index         one row per (instance, destination)
     delivered           delivery      sent until it has arrived or is named; scu: the associations that we open
 

@@ -77,6 +77,9 @@ class DestinationSection(Section):
         gt=0,
         description="Ask for storage commitment, again where no report came within so many hours; left out: do not.",
     )
+    rejection_notes: bool = Field(
+        default=True, strict=True, description="Send it the rejection notes that rules ask for, about what it has."
+    )
     announce_to: AvailabilitySection | None = Field(default=None, description="Left out: nobody is told.")
     tls: DestinationTlsSection | None = Field(default=None, description="Left out: not encrypted.")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import getpass
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,7 +15,7 @@ from dicomnode import config as configuration
 from dicomnode.archive import Archive
 from dicomnode.errors import ConfigError
 from dicomnode.index import Index, Which, open_index
-from dicomnode.model import Job
+from dicomnode.model import Job, JobState
 
 
 def provenance(arguments: argparse.Namespace) -> int:
@@ -35,6 +37,44 @@ def reproduce(arguments: argparse.Namespace) -> int:
     same = found.uids and found.values
     print(f"{arguments.out}: {'the same results' if same else 'other results'}; nothing was sent")
     return 0 if same else 1
+
+
+def rerun(arguments: argparse.Namespace) -> int:
+    """Register a job's pairs again, as a new job."""
+    from dicomnode import rules
+    from dicomnode.workflow import JobQueue
+
+    with _job(arguments) as (_, index, job):
+        version = index.newest_rule_version() if arguments.current_rules else job.rule_version
+        found = rules.parse(index.rule_set_text(version), f"rule set {version}")
+        if job.rule_id not in {each.id for each in found.rules}:
+            raise ConfigError("rerun", "JOB", job.id, f"a rule {job.rule_id} in version {version} of the rules")
+        queue, now = JobQueue(index.engine), datetime.now(UTC)
+        try:
+            new_id = index.rerun_job(
+                job.id,
+                rule_version=version,
+                plan=found.rule(job.rule_id).plan(now),
+                reason="superseded: a person had it made again",
+                enqueue=queue.enqueue,
+                now=now,
+            )
+        finally:
+            queue.close()
+    print(f"job {new_id} makes it again, by version {version} of rule {job.rule_id}")
+    return 0
+
+
+def reject(arguments: argparse.Namespace) -> int:
+    """Send nothing of a job any more; what has arrived is withdrawn by a rejection note."""
+    from dicomnode.handover import HandOver
+
+    with _job(arguments) as (config, index, job):
+        over = HandOver(config, index, Archive(config.data_dir))
+        noted = over.reject(job, by=_person(), why=arguments.reason, now=datetime.now(UTC))
+    told = f"; a rejection note goes to {', '.join(noted)}" if noted else ""
+    print(f"job {job.id} is rejected: nothing of it is sent{told}")
+    return 0
 
 
 def resend(arguments: argparse.Namespace) -> int:
@@ -65,9 +105,28 @@ def release(arguments: argparse.Namespace) -> int:
             was_held = index.release_destination(arguments.destination)
             print(f"{arguments.destination} {'is released' if was_held else 'was not held'}")
             return 0 if was_held else 1
+        job = index.job(which.job_id)
+        if job.state is JobState.APPROVAL:
+            return _approve(arguments, index, job)
         count = index.release_deliveries(which, now=datetime.now(UTC))
     print(f"{count} deliveries are released")
     return 0 if count else 1
+
+
+def _approve(arguments: argparse.Namespace, index: Index, job: Job) -> int:
+    """Release a job that awaits approval, as a whole."""
+    from dicomnode.handover import HandOver
+
+    if arguments.destination is not None:
+        raise ConfigError("release", "--destination", arguments.destination, "none: a job is approved as a whole")
+    config = configuration.load(arguments.config)
+    HandOver(config, index, Archive(config.data_dir)).approve(job, by=_person(), now=datetime.now(UTC))
+    print(f"job {job.id} is approved: its results are on their way")
+    return 0
+
+
+def _person() -> str:
+    return getpass.getuser() if os.environ.get("USER") else "command line"
 
 
 @contextmanager

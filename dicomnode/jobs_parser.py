@@ -23,6 +23,10 @@ def add_commands(commands: Any) -> None:
     again = command("reproduce", text)
     again.add_argument("--out", type=Path, required=True, metavar="DIR", help="an empty folder, or one to be made")
     again.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N; without it, as the configuration has it")
+    rerun = command("rerun", "register a job's pairs again, as a new job; former results are superseded")
+    rerun.add_argument("--current-rules", action="store_true", help="by the rules in force, not by its own version")
+    reject = command("reject", "send nothing of a job, and a rejection note to destinations that have something of it")
+    reject.add_argument("--reason", default="", metavar="TEXT", help="why; stands in the note and in `status`")
     _add_delivery_commands(commands)
 
 

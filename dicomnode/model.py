@@ -57,10 +57,13 @@ class JobState(StrEnum):
     RUNNING = "running"
     DONE = "done"
     REJECTED = "rejected"
-    """The verdict was reject: nothing was sent; `reason` says why."""
+    """The verdict, or a person's, was reject: nothing but a report was sent; `reason` says why."""
     FAILED = "failed"
     CANCELLED = "cancelled"
     HELD = "held"
+    """Waits for the hours of its rule; the scheduler lets it on."""
+    APPROVAL = "approval"
+    """All is made and kept, and a person must release or reject it before anything is sent."""
 
 
 class DeliveryState(StrEnum):
@@ -74,6 +77,8 @@ class DeliveryState(StrEnum):
     """The destination refused for good, or it was given up; `reason` says why. Never retried by itself."""
     HELD = "held"
     """Waits for a person, who releases it; `reason` says for what."""
+    CANCELLED = "cancelled"
+    """Never sent: other results stand in its place, or a person rejected it; `reason` says which."""
 
 
 class DeliveryPriority(IntEnum):

@@ -26,9 +26,9 @@ from dicomnode.conditions import ALWAYS, Condition
 from dicomnode.config import PRESET_PARAMETERS, Preset
 from dicomnode.derived import DERIVED
 from dicomnode.document import ProblemError, Section
-from dicomnode.model import JobPlan
+from dicomnode.model import DeliveryPriority, JobPlan
 from dicomnode.schedule import Schedule
-from dicomnode.thresholds import Thresholds
+from dicomnode.thresholds import RejectionNote, Thresholds
 
 OUTPUTS = ("series", "sro", "dsr")
 """What a rule makes where it does not say."""
@@ -267,6 +267,8 @@ class Rule(Section):
     destinations: tuple[str, ...] | None = None
     store_in: Literal["fixed_study", "moving_study", "newest"] = "fixed_study"
     verdict: Thresholds = Thresholds()
+    hold: bool = Field(default=False, strict=True)
+    rejection_note: RejectionNote = "none"
     priority: Literal["urgent", "normal", "off-peak"] = "normal"
     schedule: Schedule | None = None
     exclude: tuple[ConditionField, ...] | None = None
@@ -308,6 +310,11 @@ class Rule(Section):
     def preset(self, default: str) -> str:
         """The rule's preset, or the node's where it names none."""
         return self.registration.preset or default
+
+    @property
+    def delivery_priority(self) -> DeliveryPriority:
+        """The order in which its results are sent."""
+        return DeliveryPriority[self.priority.upper().replace("-", "_")]
 
     def plan(self, now: datetime) -> JobPlan:
         """How a job made `now` (aware) is queued."""

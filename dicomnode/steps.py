@@ -19,9 +19,10 @@ from dicomnode.archive import Archive
 from dicomnode.config import Config
 from dicomnode.errors import RegistrationRejectedError
 from dicomnode.findings import keys_of
-from dicomnode.index import SUPERSEDED, Index
+from dicomnode.handover import HandOver
+from dicomnode.index import ENDED, Index
 from dicomnode.job_folder import JobFolder
-from dicomnode.model import DeliveryPriority, JobState, Product, Verdict
+from dicomnode.model import Product, Verdict
 from dicomnode.products import Maker
 from dicomnode.registering import judge_pairs, provenance, register
 from dicomnode.rule import Rule
@@ -60,9 +61,8 @@ class Steps:
 
     def sweep(self) -> None:
         """Remove the folders of jobs that ended while nobody could remove them."""
-        ended = (JobState.DONE, JobState.REJECTED, JobState.FAILED, JobState.CANCELLED)
         for folder in self._jobs.iterdir() if self._jobs.is_dir() else ():
-            if self._index.job(folder.name).state in ended:
+            if self._index.job(folder.name).state in ENDED:
                 shutil.rmtree(folder)
 
     def volumes(self, job_id: str) -> None:
@@ -104,21 +104,24 @@ class Steps:
                 raise RegistrationRejectedError(reason)
 
     def objects(self, job_id: str) -> None:
-        """Make the objects and keep them; what is kept and committed already is never made again."""
+        """Make the objects and keep them; what is kept and committed already is never made again.
+
+        An object that a former job made alike and sent stays that job's: the results are the same.
+        """
         if self._index.products_of(job_id):
             return
-        made = Maker(self._index.job(job_id), self._rule(job_id), self._folder(job_id)).make()
-        self._index.add_products([Product(job_id, kind, self._archive.keep_dataset(dataset)) for kind, dataset in made])
+        made, alike = [], {}
+        for kind, dataset in Maker(self._index.job(job_id), self._rule(job_id), self._folder(job_id)).make():
+            uid = str(dataset.SOPInstanceUID)
+            if self._index.made_already([uid]):
+                alike[uid] = job_id
+            else:
+                made.append(Product(job_id, kind, self._archive.keep_dataset(dataset)))
+        self._index.add_products(made, adopted=alike)
 
     def deliver(self, job_id: str) -> None:
-        """Put every product on its way to the rule's destinations, or to all; the job is done with the same commit."""
-        if self._index.is_superseded(job_id):
-            raise RegistrationRejectedError(SUPERSEDED)
-        rule = self._rule(job_id)
-        senders = self._index.senders_of(self._index.job(job_id).fixed_series_instance_uid)
-        names = self._config.route(rule.destinations, senders)
-        priority = DeliveryPriority[rule.priority.upper().replace("-", "_")]
-        self._index.enqueue_deliveries(job_id, names, now=datetime.now(UTC), priority=priority)
+        """Put every product on its way to the rule's destinations, or to all; the job ends with the same commit."""
+        HandOver(self._config, self._index, self._archive).end(job_id, now=datetime.now(UTC))
         self._folder(job_id).remove()
 
     def _folder(self, job_id: str) -> JobFolder:

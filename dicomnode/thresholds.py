@@ -1,11 +1,11 @@
-"""What a rule may say about which results are sent: limits on the figures of a registration.
+"""What a rule may say about which results are sent: limits on the figures of a registration, and of former ones.
 
 Law: the defaults are measured, docs/verdict.md says how; every limit may be set to null.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -70,3 +70,7 @@ class Thresholds(Section):
     def limits(self) -> dict[str, Limits]:
         """Every figure's limits, by its name."""
         return {name: value for name, value in self if isinstance(value, Limits)}
+
+
+RejectionNote = Literal["none", "quality", "patient-safety", "retention"]
+"""Why former results are withdrawn once others stand: the title of the Key Object Selection that says so."""

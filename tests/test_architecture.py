@@ -67,9 +67,10 @@ MAY_IMPORT = {
         "errors", "job_folder", "model", "objects", "quality", "thresholds", "verdict", "volumes",
         "registration_engine",
     },
+    "handover": {"archive", "config", "errors", "index", "model", "objects", "rule", "rules"},
     "steps": {
-        "archive", "config", "errors", "findings", "index", "job_folder", "model", "products", "registering", "rule",
-        "rules", "scopes", "volumes", "registration_engine",
+        "archive", "config", "errors", "findings", "handover", "index", "job_folder", "model", "products",
+        "registering", "rule", "rules", "scopes", "volumes", "registration_engine",
     },
     "reproduce": {
         "archive", "errors", "index", "job_folder", "model", "products", "registering", "rules", "registration_engine",
@@ -87,7 +88,9 @@ MAY_IMPORT = {
     "phantom": {"anatomy"},
     "demo": {"phantom", "errors"},
     "jobs_parser": {"jobs_cli"},
-    "jobs_cli": {"archive", "config", "errors", "index", "model", "reproduce"},
+    "jobs_cli": {
+        "archive", "config", "errors", "handover", "index", "model", "reproduce", "rules", "workflow",
+    },
     "rules_parser": {"rules_cli"},
     "rules_cli": {
         "config", "destinations", "errors", "findings", "index", "model", "pairing", "partners", "rules", "scopes",

@@ -5,6 +5,7 @@ Law: every method is one transaction; database trouble leaves as LocalError; row
 
     database     open, migrate, transactions     tables, migrations   their shape
     receiving    associations, instances, series pairs                volumes, pairs with their jobs
+    reruns       jobs made again                 withdrawals          what former jobs sent
     late         what came after a series was complete
     rule_sets    every version of the rules      decisions            traces and work items
     priors       what PACS sources are asked for
@@ -21,13 +22,17 @@ from dicomnode.index.deliveries import Attempt, Deliveries, Which
 from dicomnode.index.jobs import Jobs
 from dicomnode.index.journal import AssociationRecord, Journal, Settled
 from dicomnode.index.late import SUPERSEDED, Late
-from dicomnode.index.pairs import NOT_LOOKED_AT, Enqueue, Pairs
+from dicomnode.index.pairs import NOT_LOOKED_AT, Enqueue
 from dicomnode.index.priors import PriorFetch, Priors
 from dicomnode.index.receiving import Added
+from dicomnode.index.reruns import ENDED, Reruns
 from dicomnode.index.rule_sets import RuleSets
 from dicomnode.index.status import Status
+from dicomnode.index.withdrawals import NOTE, Notes
 
 __all__ = [
+    "ENDED",
+    "NOTE",
     "NOT_LOOKED_AT",
     "SUPERSEDED",
     "Added",
@@ -35,6 +40,7 @@ __all__ = [
     "Attempt",
     "Enqueue",
     "Index",
+    "Notes",
     "PriorFetch",
     "Settled",
     "Which",
@@ -43,7 +49,7 @@ __all__ = [
 ]
 
 
-class Index(Journal, Late, RuleSets, Pairs, Priors, Jobs, Deliveries, Commitments, Status):
+class Index(Journal, Late, RuleSets, Reruns, Priors, Jobs, Deliveries, Commitments, Status):
     """What the node knows of patients, studies, series, instances, pairs, jobs, products and deliveries."""
 
 

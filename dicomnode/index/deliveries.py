@@ -176,7 +176,8 @@ class Deliveries(Database):
     def undelivered(self, job_id: str) -> int:
         """How many of a job's rows have not arrived, for whatever reason: none of its instances may be deleted."""
         rows = sa.select(sa.func.count(delivery.c.id)).where(
-            *Which(job_id=job_id).matches(), delivery.c.state != DeliveryState.DELIVERED
+            *Which(job_id=job_id).matches(),
+            delivery.c.state.not_in([DeliveryState.DELIVERED, DeliveryState.CANCELLED]),
         )
         with self._reading() as connection:
             return int(connection.execute(rows).scalar_one())

@@ -7,16 +7,18 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 
 import sqlalchemy as sa
 
-from dicomnode.index.database import Database, insert_new, stored_instance
+from dicomnode.index.database import insert_new, stored_instance
 from dicomnode.index.tables import delivery, job, pair, product, series
-from dicomnode.model import DeliveryPriority, DeliveryState, Job, JobState, Pair, Product, Verdict
+from dicomnode.index.withdrawals import NOTE, Notes, Withdrawals, delivery_rows
+from dicomnode.model import DeliveryPriority, Job, JobState, Pair, Product, Verdict
 
 
-class Jobs(Database):
+class Jobs(Withdrawals):
     """How far each job has come, its products, and the deliveries that end it."""
 
     def job(self, job_id: str) -> Job:
@@ -118,17 +120,33 @@ class Jobs(Database):
                 job.update().where(job.c.id == job_id).values(state=state, reason=reason, progress=1.0, finished_at=now)
             )
 
-    def add_products(self, products: Iterable[Product]) -> None:
-        """Record what a job made; products that stand already stay as they are."""
+    def add_products(self, products: Iterable[Product], *, adopted: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Record what a job made; products that stand already stay as they are.
+
+        Parameters
+        ----------
+        adopted
+            Job id by SOP Instance UID of what a former job made alike: what was never sent becomes that job's.
+        """
         with self._writing() as connection:
-            rows = [{"job_id": made.job_id, "kind": made.kind, **asdict(made.instance)} for made in products]
-            insert_new(connection, product, rows)
+            for made in products:
+                insert_new(connection, product, {"job_id": made.job_id, "kind": made.kind, **asdict(made.instance)})
+            for uid, job_id in adopted.items():
+                unsent = ~sa.exists().where(delivery.c.product_id == product.c.id)
+                same = product.c.sop_instance_uid == uid
+                connection.execute(product.update().where(same, unsent).values(job_id=job_id))
 
     def products_of(self, job_id: str) -> list[Product]:
         """What a job made, in the order it was made."""
         with self._reading() as connection:
             rows = connection.execute(sa.select(product).where(product.c.job_id == job_id).order_by(product.c.id))
             return [Product(job_id, row["kind"], stored_instance(row)) for row in rows.mappings()]
+
+    def await_approval(self, job_id: str, reason: str) -> None:
+        """All is made and kept, and nothing goes on its way before a person says so."""
+        with self._writing() as connection:
+            values = {"state": JobState.APPROVAL, "reason": reason, "progress": 1.0}
+            connection.execute(job.update().where(job.c.id == job_id).values(values))
 
     def enqueue_deliveries(
         self,
@@ -138,6 +156,9 @@ class Jobs(Database):
         now: datetime,
         priority: DeliveryPriority = DeliveryPriority.NORMAL,
         held: str = "",
+        former: Sequence[str] = (),
+        notes: Notes = (),
+        reason: str | None = None,
     ) -> None:
         """One delivery per (product, destination), once; the job ends with the same commit, rejected where that was its
         verdict, else done.
@@ -146,20 +167,22 @@ class Jobs(Database):
         ----------
         held
             Why none may be sent before `release_deliveries`; empty: they are due at once.
+        former
+            Jobs whose results these replace: what they have not delivered never goes.
+        notes
+            That withdraw what they have.
+        reason
+            The job's from now on; None: it stays.
         """
         with self._writing() as connection:
-            made = connection.scalars(sa.select(product.c.id).where(product.c.job_id == job_id)).all()
-            state = DeliveryState.HELD if held else DeliveryState.WAITING
-            rows = [
-                {
-                    "product_id": product_id, "destination": name, "state": state, "attempts": 0, "reason": held,
-                    "next_attempt_at": now, "updated_at": now, "queued_at": now, "priority": priority,
-                }
-                for product_id in made
-                for name in destinations
-            ]  # fmt: skip
+            own = sa.select(product.c.id).where(product.c.job_id == job_id, product.c.kind != NOTE)
+            made = connection.scalars(own).all()
+            rows = delivery_rows(made, destinations, priority=priority, now=now, held=held)
             insert_new(connection, delivery, rows)
+            self._withdraw(connection, former, notes, f"superseded by job {job_id}", now)
+            self._send(connection, job_id, notes, priority, now)
             ended = sa.case((job.c.verdict == Verdict.REJECT, JobState.REJECTED), else_=JobState.DONE)
-            connection.execute(
-                job.update().where(job.c.id == job_id).values(state=ended, progress=1.0, finished_at=now)
-            )
+            values = {"state": ended, "progress": 1.0, "finished_at": now}
+            if reason is not None:
+                values["reason"] = reason
+            connection.execute(job.update().where(job.c.id == job_id).values(values))

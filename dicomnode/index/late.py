@@ -13,6 +13,10 @@ from dicomnode.model import JobState, SeriesState
 SUPERSEDED = "superseded: instances came late, and the pair is made again with them"
 
 
+_UNDELIVERED = (JobState.WAITING, JobState.HELD, JobState.APPROVAL)
+"""States of a job that is in nobody's hands and of which nothing is on its way."""
+
+
 class Late(Database):
     """Complete series that grew."""
 
@@ -76,7 +80,7 @@ class Late(Database):
             of_jobs = sa.and_(pair.c.job_id.in_(jobs), pair.c.superseded_at.is_(None))
             ends = connection.execute(sa.select(pair.c.fixed_series_id, pair.c.moving_series_id).where(of_jobs)).all()
             connection.execute(pair.update().where(of_jobs).values(superseded_at=now))
-            waiting = sa.and_(job.c.id.in_(jobs), job.c.state.in_([JobState.WAITING, JobState.HELD]))
+            waiting = sa.and_(job.c.id.in_(jobs), job.c.state.in_(_UNDELIVERED))
             cancelled = list(connection.scalars(sa.select(job.c.id).where(waiting)))
             connection.execute(
                 job.update().where(waiting).values(state=JobState.CANCELLED, reason=SUPERSEDED, finished_at=now)

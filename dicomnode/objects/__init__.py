@@ -18,6 +18,7 @@ from dicomnode.objects.dynamic import as_phase, reference_phase, series_4d_uid
 from dicomnode.objects.invariants import check
 from dicomnode.objects.maps import QUANTITIES, overlap_segmentation, parametric_map
 from dicomnode.objects.measurement_report import measurement_report
+from dicomnode.objects.rejection import rejection_note
 from dicomnode.objects.series import registered_series
 from dicomnode.objects.spatial import spatial_registration
 from dicomnode.quality import measure
@@ -25,8 +26,8 @@ from dicomnode.volumes import load
 from registration_engine import Registration, Volume
 
 __all__ = [
-    "Provenance", "SampledField", "SourceSeries", "as_phase", "build", "check", "reference_phase", "sample_grid",
-    "series_4d_uid",
+    "Provenance", "SampledField", "SourceSeries", "as_phase", "build", "check", "reference_phase", "rejection_note",
+    "sample_grid", "series_4d_uid",
 ]  # fmt: skip
 
 REPORTS = ("sr",)
