@@ -21,7 +21,7 @@ class Limits(Section):
     reject: Number = None
 
 
-AT_LEAST = ("similarity_gain", "patch_nmi_gain", "overlap_fraction")
+AT_LEAST = ("similarity_gain", "patch_nmi_gain", "patch_nmi_after", "overlap_fraction")
 """Figures of which more is better; of all others less is."""
 
 
@@ -30,15 +30,16 @@ class Thresholds(Section):
 
     similarity_gain: Limits = Limits(reject=0.0)
     patch_nmi_gain: Limits = Limits(warn=0.0)
+    patch_nmi_after: Limits = Limits(warn=0.2, reject=0.1)
     patch_nmi_fell_fraction: Limits = Limits()
-    overlap_fraction: Limits = Limits()
+    overlap_fraction: Limits = Limits(warn=0.6, reject=0.25)
     folding_fraction: Limits = Limits(reject=0.0)
-    sdlogj: Limits = Limits()
+    sdlogj: Limits = Limits(warn=0.25, reject=0.55)
     nonlinear_p95_mm: Limits = Limits()
-    nonlinear_max_mm: Limits = Limits(reject=60.0)
-    rotation_deg: Limits = Limits()
+    nonlinear_max_mm: Limits = Limits(warn=35.0, reject=60.0)
+    rotation_deg: Limits = Limits(warn=25.0, reject=90.0)
     translation_mm: Limits = Limits()
-    inverse_consistency_p95_mm: Limits = Limits()
+    inverse_consistency_p95_mm: Limits = Limits(warn=0.5)
     grid_error_mm: Limits = Limits(warn=0.2)
     report_rejected: Annotated[bool, Field(strict=True)] = False
     """Of a rejected result the `sr` of the rule's outputs is sent nevertheless, and nothing else."""

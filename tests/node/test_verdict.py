@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
 import math
+import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from hand_made import make_figures
@@ -122,3 +125,31 @@ def test_a_dynamic_series_is_rejected_only_where_every_phase_is() -> None:
     assert of_all([accept, warn]) == warn
     assert of_all([reject, accept]) == (Verdict.WARN, "1 of 2 phases were rejected, the first: r")
     assert of_all([reject, reject])[0] is Verdict.REJECT
+
+
+def test_the_defaults_are_those_of_the_documentation() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "verdict.md").read_text()
+
+    for name, limits in Thresholds().limits().items():
+        word = "below" if name in AT_LEAST else "above"
+        warn, reject = (f" {word} {limit:g} " if limit is not None else " " for limit in (limits.warn, limits.reject))
+        assert f"| `{name}` |{warn}|{reject}|" in text
+    assert set(re.findall(r"^\| `(\w+)`", text, flags=re.MULTILINE)) == set(Thresholds().limits())
+
+
+def test_the_measured_pairs_are_judged_as_the_documentation_says() -> None:
+    root = Path(__file__).resolve().parents[2]
+    rows = [json.loads(line) for line in (root / "benchmarks" / "results" / "verdict.jsonl").read_text().splitlines()]
+    text = (root / "docs" / "verdict.md").read_text()
+
+    for row in rows:
+        told = re.search(rf"^\| {re.escape(row['name'])} \(.*\| (\w[\w ]*) \|$", text, flags=re.MULTILINE)
+        assert told is not None, row["name"]
+        if "refused" in row:
+            assert told[1] == "refused by the engine"
+        else:
+            verdict, _ = judge(Figures.from_dict(row["figures"]), Thresholds())
+            assert told[1] == verdict
+            assert not (verdict is Verdict.ACCEPT and row["kind"] in ("other", "hopeless"))
+            error = row.get("error_mm", {"mean": [1, 0]})["mean"]
+            assert not (verdict is Verdict.ACCEPT and error[1] >= error[0])
