@@ -89,5 +89,6 @@ class Maker:
             device_class=report.device.split(":")[0],
             created_at=result.registered_at,
             model_sha256=report.model_sha256,
+            seconds=report.seconds,
             parameters={"seed": report.seed, **self.rule.registration.parameters},
         )

@@ -39,7 +39,7 @@ class Thresholds(Section):
     nonlinear_max_mm: Limits = Limits(warn=35.0, reject=60.0)
     rotation_deg: Limits = Limits(warn=25.0, reject=90.0)
     translation_mm: Limits = Limits()
-    inverse_consistency_p95_mm: Limits = Limits(warn=0.5)
+    inverse_consistency_p95_mm: Limits = Limits(warn=1.0)
     grid_error_mm: Limits = Limits(warn=0.2)
     report_rejected: Annotated[bool, Field(strict=True)] = False
     """Of a rejected result the `sr` of the rule's outputs is sent nevertheless, and nothing else."""

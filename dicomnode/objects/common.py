@@ -6,6 +6,7 @@ Law: nothing here asks for the time, a random number or a file; the same inputs 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 import uuid
@@ -23,7 +24,7 @@ from pydicom.valuerep import DSfloat
 
 from dicomnode.errors import StudyError
 from dicomnode.objects.mark import marked
-from dicomnode.objects.patient import copy_patient_and_study, set_body_part
+from dicomnode.objects.patient import copy_patient_and_study, set_body_part, study_time
 from dicomnode.volumes import SOFTWARE_NAME, frame_count, frame_number, geometry
 from registration_engine import Grid
 
@@ -34,7 +35,7 @@ DESCRIPTION = "REG {moving} to {fixed}"
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a registration was made; written into every object, and into its UIDs but for `created_at`.
+    """How a registration was made; written into every object, and into its UIDs but for `created_at` and `seconds`.
 
     Attributes
     ----------
@@ -42,6 +43,8 @@ class Provenance:
         What the preset does not say, as JSON values.
     device_class
         cpu or cuda.
+    seconds
+        Of each stage of the registration.
     created_at
         Aware. Written in the time zone that the images state, else in its own.
     """
@@ -54,6 +57,7 @@ class Provenance:
     created_at: datetime
     model_sha256: str | None = None
     parameters: Mapping[str, object] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +150,7 @@ class Subject:
         """An instance of the study that the objects go to: the fixed or moving series', or of the newer examination."""
         fixed, moving = self.fixed.first, self.moving.first
         if self.store_in == "newest":
-            return moving if _day(moving) > _day(fixed) else fixed
+            return moving if study_time(moving) > study_time(fixed) else fixed
         return moving if self.store_in == "moving_study" else fixed
 
     @property
@@ -184,13 +188,21 @@ class Subject:
         return {str(d.SOPInstanceUID): (str(d.StudyInstanceUID), str(d.SeriesInstanceUID)) for d in sources}
 
     @cached_property
+    def inputs_sha256(self) -> str:
+        """Of what both series hold."""
+        return hashlib.sha256(json.dumps(self._content).encode()).hexdigest()
+
+    @property
+    def _content(self) -> list[list[tuple[str | int, ...]]]:
+        return [sorted(each.content()) for each in (self.fixed, self.moving)]
+
+    @cached_property
     def _inputs(self) -> str:
         """Everything that decides what the objects hold, but for the time they are made at."""
         made_by = self.provenance
-        series = [sorted(each.content()) for each in (self.fixed, self.moving)]
         how = [made_by.rule_id, made_by.rule_version, made_by.preset, dict(made_by.parameters)]
         software = [made_by.software_version, made_by.model_sha256, made_by.device_class]
-        return json.dumps([*series, *how, *software], sort_keys=True)
+        return json.dumps([*self._content, *how, *software], sort_keys=True)
 
 
 def registration_object(
@@ -261,11 +273,6 @@ def identify_content(dataset: Dataset, label: str, text: str) -> None:
     dataset.ContentCreatorName = ""
 
 
-def _day(dataset: Dataset) -> tuple[str, str]:
-    """Date and time of the examination, to compare."""
-    return str(dataset.get("StudyDate") or ""), str(dataset.get("StudyTime") or "")
-
-
 def new_dataset(sop_class_uid: UID, sop_instance_uid: UID) -> Dataset:
     """An empty data set of Explicit VR Little Endian, ready for `save_as(..., enforce_file_format=True)`."""
     dataset = Dataset()
@@ -302,7 +309,9 @@ def contributing_equipment(subject: Subject, target: Dataset) -> Dataset:
     text = (
         f"rule {made_by.rule_id} version {made_by.rule_version}; preset {made_by.preset}; "
         f"parameters {json.dumps(dict(made_by.parameters), sort_keys=True)}; "
-        f"model {made_by.model_sha256 or 'none'}; device {made_by.device_class}"
+        f"model {made_by.model_sha256 or 'none'}; device {made_by.device_class}; "
+        f"inputs {subject.inputs_sha256}; "
+        f"seconds {json.dumps({name: round(value, 1) for name, value in made_by.seconds.items()})}"
     )
     item = Dataset()
     item.PurposeOfReferenceCodeSequence = [code("109102", "Processing Equipment")]
@@ -401,18 +410,16 @@ def decimal(value: float) -> DSfloat:
 
 def pair_description(subject: Subject, moving: str = "") -> str:
     """The pair's Series Description, at most 64 characters; `moving` in place of the moving series' own."""
-    names = {"moving": moving or _name(subject.moving.first), "fixed": _name(subject.fixed.first)}
+    names = {
+        name: str(first.get("SeriesDescription") or first.get("SeriesNumber") or "series")
+        for name, first in (("moving", subject.moving.first), ("fixed", subject.fixed.first))
+    }
+    names["moving"] = moving or names["moving"]
     used = re.findall(r"\{(moving|fixed)\}", subject.description)
-    bare = re.sub(r"\{(moving|fixed)\}", "", subject.description)
-    room = max(64 - len(bare), 0)
+    room = max(64 - len(re.sub(r"\{(moving|fixed)\}", "", subject.description)), 0)
     if sum(len(names[name]) for name in used) > room:
         names = {name: text[: room // len(used)] for name, text in names.items()}
-    described = re.sub(r"\{(moving|fixed)\}", lambda found: names[found[1]], subject.description)
-    return marked(described, subject.warning)
-
-
-def _name(dataset: Dataset) -> str:
-    return str(dataset.get("SeriesDescription") or dataset.get("SeriesNumber") or "series")
+    return re.sub(r"\{(moving|fixed)\}", lambda found: names[found[1]], subject.description)[:64]
 
 
 def series_number(moving: Dataset, offset: int) -> int:

@@ -59,3 +59,8 @@ def set_body_part(target: Dataset, fixed: Dataset) -> None:
         target.BodyPartExamined = part
     if fixed.get("Laterality") or not part or part in _PAIRED.split():
         target.Laterality = fixed.get("Laterality") or ""
+
+
+def study_time(dataset: Dataset) -> tuple[str, str]:
+    """Date and time of the examination, to compare."""
+    return str(dataset.get("StudyDate") or ""), str(dataset.get("StudyTime") or "")

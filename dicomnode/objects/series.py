@@ -30,7 +30,7 @@ from dicomnode.objects.common import (
     set_times,
 )
 from dicomnode.objects.deformable import SampledField, interpolate
-from dicomnode.objects.mark import mark_image
+from dicomnode.objects.mark import mark_image, marked
 from dicomnode.objects.multi_frame import is_enhanced, multi_frame_instance, multi_frame_template
 from dicomnode.objects.patient import copy_patient_and_study
 from dicomnode.objects.planes import Plane, Planes, planes_of, set_position
@@ -121,7 +121,7 @@ def _template(subject: Subject, dataset: Dataset, scale: Scale, registration_obj
     set_position(dataset, fixed, UID(dataset.SOPClassUID))
     dataset.SeriesInstanceUID = subject.uid("series series")
     dataset.SeriesNumber = series_number(moving, 1000)
-    dataset.SeriesDescription = pair_description(subject)
+    dataset.SeriesDescription = marked(pair_description(subject), subject.warning)
     dataset.FrameOfReferenceUID = subject.fixed.frame_of_reference_uid
     dataset.PositionReferenceIndicator = fixed.get("PositionReferenceIndicator") or ""
     equipment = [copy.deepcopy(item) for item in moving.get("ContributingEquipmentSequence") or []]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -164,14 +166,17 @@ def test_times_are_written_in_the_zone_the_images_state() -> None:
 
 
 def test_provenance_stands_in_every_object() -> None:
-    provenance = make_provenance(model_sha256="ab" * 32, parameters={"landmarks": 7})
+    provenance = make_provenance(model_sha256="ab" * 32, parameters={"landmarks": 7}, seconds={"field": 1.234})
+    content = [sorted((d.SOPInstanceUID, f"d{d.SOPInstanceUID}") for d in series) for series in (FIXED, MOVING)]
+    inputs = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     for _, made in make_objects(FIXED, MOVING, provenance=provenance):
         item = made.ContributingEquipmentSequence[-1]
         assert item.ManufacturerModelName == volumes.SOFTWARE_NAME
         assert item.SoftwareVersions == ["0.1.0", f"model {'ab' * 16}"]
         assert item.ContributionDescription == (
-            f'rule liver version 3; preset balanced; parameters {{"landmarks": 7}}; model {"ab" * 32}; device cpu'
+            f'rule liver version 3; preset balanced; parameters {{"landmarks": 7}}; model {"ab" * 32}; '
+            f'device cpu; inputs {inputs}; seconds {{"field": 1.2}}'
         )
 
 
