@@ -22,7 +22,7 @@ from pydicom.uid import UID
 from pynetdicom import AE, build_role
 
 from dicomnode import dimse
-from dicomnode.dimse import Command
+from dicomnode.dimse import Command, OnReport
 from dicomnode.errors import LocalError, stack
 from dicomnode.index import Index
 from dicomnode.intake import Intake
@@ -58,9 +58,20 @@ class CommitmentSCP:
         Ours, on associations of our own.
     peers
         Those with a `port` can be reported to later.
+    on_report
+        Takes the reports of others, whom we have asked.
     """
 
-    def __init__(self, ae_title: str, peers: Collection[Peer], index: Index, intake: Intake) -> None:
+    def __init__(
+        self,
+        ae_title: str,
+        peers: Collection[Peer],
+        index: Index,
+        intake: Intake,
+        *,
+        on_report: OnReport | None = None,
+    ) -> None:
+        self.on_report = on_report
         self._ae_title = ae_title
         self._ports = {peer.ae_title: peer.port for peer in peers if peer.port is not None}
         self._index = index

@@ -7,7 +7,7 @@ handed on and never looked at.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from dicomnode.pdu import ProtocolError, text
@@ -23,6 +23,7 @@ PENDING = (0xFF00, 0xFF01)  # PS3.4 C.4.1.1.4: more answers follow
 PROCESSING_FAILURE = 0x0110  # PS3.7 C.5.22
 DUPLICATE_SOP_INSTANCE = 0x0111  # PS3.7 C.5.9
 NO_SUCH_OBJECT_INSTANCE = 0x0112
+NO_SUCH_EVENT_TYPE = 0x0113
 INVALID_ARGUMENT_VALUE = 0x0115
 CLASS_INSTANCE_CONFLICT = 0x0119
 NO_SUCH_ACTION = 0x0123
@@ -72,6 +73,10 @@ class DataPart:
 
     data: memoryview
     is_last: bool
+
+
+OnReport = Callable[[Command, bytes, str], int]
+"""An N-EVENT-REPORT request, its data set and that one's transfer syntax → the status to answer."""
 
 
 class Assembler:

@@ -185,6 +185,9 @@ class Messages:
             if report is not None:
                 self._reports[report.message_id] = report.commitment_id
                 self._send(command.context_id, report.command, report.data_set)
+        elif command.field == dimse.N_EVENT_REPORT_RQ and commitment.on_report is not None:
+            transfer_syntax = self._contexts[command.context_id].transfer_syntax
+            self._answer(commitment.on_report(command, bytes(self._argument), transfer_syntax))
         elif command.field == dimse.N_EVENT_REPORT_RQ | dimse.IS_RESPONSE:
             commitment_id = self._reports.pop(command.message_id, None)
             if commitment_id is not None:

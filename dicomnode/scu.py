@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from dicomnode import dimse, tls
 from dicomnode.archive import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
-from dicomnode.dimse import Assembler, Command
+from dicomnode.dimse import Assembler, Command, OnReport
 from dicomnode.errors import LocalError, NodeError, RefusedError, RemoteError
 from dicomnode.model import Destination, Instance
 from dicomnode.pdu import (
@@ -40,9 +40,6 @@ _MAX_PDU = 131072
 _SENT_AT_ONCE = 262144
 _SLOWEST_BYTES_PER_S = 100_000
 _MAX_ANSWER_BYTES = 32 << 20
-
-OnReport = Callable[[Command, bytes, str], int]
-"""An N-EVENT-REPORT request, its data set and that one's transfer syntax → the status to answer."""
 
 
 def rejection(peer: str, answer: AssociateReject) -> RemoteError:

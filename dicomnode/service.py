@@ -82,7 +82,8 @@ def serve(config: Config, config_path: Path | None, stop: threading.Event) -> No
         Peer(peer.ae_title, () if peer.host is None else (peer.host,), peer.max_associations, peer.port)
         for peer in config.peers
     )
-    commitment = CommitmentSCP(config.node.ae_title, peers, index, intake)
+    on_report = delivery.commitment.reported
+    commitment = CommitmentSCP(config.node.ae_title, peers, index, intake, on_report=on_report)
     doors: list[Listener | WebServer] = [
         *_listeners(config, peers, intake, commitment),
         *_web_servers(config, peers, intake),

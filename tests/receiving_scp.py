@@ -86,13 +86,16 @@ class ReceivingSCP:
     def start(self) -> None:
         """Listen."""
         self._released.clear()
-        handlers: list[Any] = [(evt.EVT_C_STORE, self._on_c_store), (evt.EVT_ACCEPTED, self._on_accepted)]
         self._server = self._ae.make_server(
-            ("127.0.0.1", self.port), evt_handlers=handlers, server_class=ThreadedAssociationServer
+            ("127.0.0.1", self.port), evt_handlers=self.handlers(), server_class=ThreadedAssociationServer
         )
         self.port = self._server.server_address[1]
         # Not AE.start_server: its thread looks every half second whether it shall stop, too long for many tests.
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def handlers(self) -> list[Any]:
+        """What it does when something comes."""
+        return [(evt.EVT_C_STORE, self._on_c_store), (evt.EVT_ACCEPTED, self._on_accepted)]
 
     def stop(self) -> None:
         """Close the port and every connection; what was received stays."""

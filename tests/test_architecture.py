@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "listener": {
         "archive", "commitment", "errors", "intake", "messages", "negotiation", "pdu", "spool", "upperlayer",
     },
-    "delivery": {"archive", "errors", "index", "model", "part10", "scu"},
+    "delivery": {"archive", "dimse", "errors", "index", "model", "scu"},
     "scheduler": {
         "archive", "completion", "derived", "errors", "index", "model", "pairing", "rule", "rules", "trace",
         "volumes",

@@ -3,6 +3,7 @@
 policy     pure: what an answer means, and when to try again
 encoding   which transfer syntaxes are proposed, and how an instance is brought into one that was accepted
 sending    the due rows of one destination over several associations
+commitment Storage Commitment SCU
 service    a thread for each destination
 """
 

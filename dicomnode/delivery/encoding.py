@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pydicom
+from pydicom import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
@@ -103,7 +104,7 @@ def _at_data_set(file: BinaryIO) -> int:
 
 def _changed(file: BinaryIO, transfer_syntax_uid: str) -> bytes:
     dataset = pydicom.dcmread(file)
-    own, syntax = dataset.file_meta.TransferSyntaxUID, UID(transfer_syntax_uid)
+    own = dataset.file_meta.TransferSyntaxUID
     if own.is_encapsulated:
         try:
             dataset.decompress(as_rgb=False, generate_instance_uid=False)
@@ -111,7 +112,12 @@ def _changed(file: BinaryIO, transfer_syntax_uid: str) -> bytes:
             raise RefusedError(
                 f"{own.name} is not accepted, and cannot be decompressed: {type(error).__name__}"
             ) from error
-    buffer = DicomBytesIO()
+    return encode(dataset, transfer_syntax_uid)
+
+
+def encode(dataset: Dataset, transfer_syntax_uid: str) -> bytes:
+    """A data set's bytes."""
+    syntax, buffer = UID(transfer_syntax_uid), DicomBytesIO()
     buffer.is_little_endian, buffer.is_implicit_VR = syntax.is_little_endian, syntax.is_implicit_VR
     write_dataset(buffer, dataset)
     content: bytes = buffer.getvalue()

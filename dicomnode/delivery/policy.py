@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from dicomnode.errors import NodeError
-from dicomnode.index import Attempt
+from dicomnode.index import Attempt, Denial, Reference
 from dicomnode.model import Delivery, DeliveryState, Destination
 
 
@@ -53,6 +53,19 @@ _STATUSES: tuple[tuple[int, int, DeliveryState, str], ...] = (
 )
 
 
+_FAILURE_REASONS = {
+    0x0110: "processing failure",
+    0x0112: "no such object instance",
+    0x0119: "class-instance conflict",
+    0x0122: "referenced SOP Class not supported",
+    0x0131: "duplicate transaction UID",
+    0x0213: "resource limitation",
+}
+
+DENIED_AT_MOST = 5
+"""So often an instance is sent that the destination takes and then denies to hold."""
+
+
 def outcome(status: int) -> Outcome:
     """What a C-STORE status means for the row: delivered, waiting (try again) or failed (for good).
 
@@ -79,6 +92,25 @@ def next_attempt(destination: Destination, attempts: int, *, now: datetime) -> d
     return now + timedelta(seconds=min(destination.first_pause_s * factor, destination.longest_pause_s))
 
 
+def denial(destination: Destination, row: Reference, reason: int, *, now: datetime) -> Denial:
+    """What becomes of an instance that the destination took and does not commit to.
+
+    References
+    ----------
+    PS3.3 C.14.1.1, Failure Reason.
+    """
+    said = f"storage commitment: 0x{reason:04X} {_FAILURE_REASONS.get(reason, 'no such failure reason')}"
+    if reason == 0x0131:  # of the transaction, not of the instance
+        return Denial(row.delivery_id, _DELIVERED, said, ask_again=True)
+    if reason == 0x0122:  # it is there, and no more can be had
+        return Denial(row.delivery_id, _DELIVERED, said)
+    if reason not in (0x0110, 0x0112, 0x0213):
+        return Denial(row.delivery_id, _FAILED, said)
+    if row.attempts >= DENIED_AT_MOST:
+        return Denial(row.delivery_id, _FAILED, f"taken and denied {row.attempts} times: {said}")
+    return Denial(row.delivery_id, _WAITING, said, next_attempt(destination, row.attempts, now=now))
+
+
 def attempt(
     destination: Destination, delivery: Delivery, result: Outcome, status: int | None = None, *, now: datetime
 ) -> Attempt:
@@ -92,4 +124,5 @@ def attempt(
         if destination.give_up_after_s is not None and again > since + timedelta(seconds=destination.give_up_after_s):
             state, again = _FAILED, None
             reason = f"given up after {(now - since).total_seconds() / 3600:.1f} hours: {reason}"
-    return Attempt(delivery.id, state, status, reason, again, now)
+    asks = destination.commitment_within_s is not None
+    return Attempt(delivery.id, state, status, reason, again, now, asks_commitment=asks)

@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 
 from dicomnode.archive import Archive
 from dicomnode.delivery import encoding
+from dicomnode.delivery.commitment import CommitmentSCU
 from dicomnode.delivery.sending import CStore, Sending
 from dicomnode.errors import LocalError
 from dicomnode.index import Index
@@ -33,6 +34,11 @@ class DeliveryService:
     ----------
     ae_title
         Our calling AE title.
+
+    Attributes
+    ----------
+    commitment
+        Takes storage commitment reports from the listener, too.
     """
 
     def __init__(
@@ -48,6 +54,7 @@ class DeliveryService:
         self._archive = archive
         self._ae_title = ae_title
         self._clock = clock
+        self.commitment = CommitmentSCU(list(destinations), index, ae_title=ae_title, clock=clock)
         self._stopping = threading.Event()
         self._crowded_until: dict[str, datetime] = {}
         self._threads = [
@@ -105,7 +112,7 @@ class DeliveryService:
     def _run(self, destination: Destination) -> None:
         while not self._stopping.is_set():
             try:
-                if self.deliver_due(destination):
+                if self.deliver_due(destination) or self.commitment.ask(destination):
                     continue
             except LocalError as error:
                 log.error("delivery to %s: trying again after: %s", destination.name, error)

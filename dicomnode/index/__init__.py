@@ -16,6 +16,7 @@ Law: every method is one transaction; database trouble leaves as LocalError; row
 from pathlib import Path
 
 from dicomnode.errors import LocalError
+from dicomnode.index.commitment_requests import CommitmentRequests, Denial, Reference
 from dicomnode.index.commitments import Commitments
 from dicomnode.index.database import create_engine
 from dicomnode.index.deliveries import Attempt, Deliveries, Which
@@ -38,10 +39,12 @@ __all__ = [
     "Added",
     "AssociationRecord",
     "Attempt",
+    "Denial",
     "Enqueue",
     "Index",
     "Notes",
     "PriorFetch",
+    "Reference",
     "Settled",
     "Which",
     "create_engine",
@@ -49,7 +52,7 @@ __all__ = [
 ]
 
 
-class Index(Journal, Late, RuleSets, Reruns, Priors, Jobs, Deliveries, Commitments, Status):
+class Index(Journal, Late, RuleSets, Reruns, Priors, Jobs, Deliveries, CommitmentRequests, Commitments, Status):
     """What the node knows of patients, studies, series, instances, pairs, jobs, products and deliveries."""
 
 

@@ -33,6 +33,7 @@ _RECORD = (
         reason=sa.bindparam("why"),
         attempts=delivery.c.attempts + 1,
         updated_at=sa.bindparam("now"),
+        transaction_uid=sa.bindparam("asks"),
         next_attempt_at=sa.func.coalesce(sa.bindparam("again", type_=UtcDateTime), delivery.c.next_attempt_at),
     )
 )
@@ -48,6 +49,7 @@ class Attempt:
     reason: str
     next_attempt_at: datetime | None
     at: datetime
+    asks_commitment: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class Deliveries(Database):
             {
                 "row": each.delivery_id, "arrived": each.state is DeliveryState.DELIVERED, "to": each.state,
                 "answer": each.status, "why": each.reason, "again": each.next_attempt_at, "now": each.at,
+                "asks": "" if each.asks_commitment and each.state is DeliveryState.DELIVERED else None,
             }
             for each in attempts
         ]  # fmt: skip

@@ -10,6 +10,7 @@ from dicomnode.index.database import Database
 from dicomnode.index.tables import (
     association,
     commitment,
+    commitment_request,
     delivery,
     destination_hold,
     instance,
@@ -86,10 +87,11 @@ class Status(Database):
             ).order_by(commitment.c.id),
             "deliveries": sa.select(
                 product.c.sop_instance_uid, product.c.kind, delivery.c.destination, delivery.c.state,
-                delivery.c.status, delivery.c.attempts, delivery.c.reason,
+                delivery.c.status, delivery.c.attempts, delivery.c.reason, delivery.c.committed_at,
             )
             .join(product, delivery.c.product_id == product.c.id)
             .order_by(delivery.c.id),
+            "commitment_requests": sa.select(commitment_request).order_by(commitment_request.c.created_at),
             "held_destinations": sa.select(destination_hold).order_by(destination_hold.c.destination),
         }  # fmt: skip
         with self._reading() as connection:
