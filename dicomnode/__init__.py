@@ -20,7 +20,7 @@
       → deliveries      index         one row per (instance, destination)
     delivered           delivery      sent until it has arrived or is named; scu: the associations that we open
 
-    config, document, rules, conditions, vocabulary, derived   what an administrator writes, and what it means
+    config, document, rules, outputs, conditions, vocabulary, derived   what an administrator writes, and what it means
     scopes, partners → findings → reasons, trace               what a rule looks among, what it saw, and in words
     priors fetched      retrieve      C-FIND, C-MOVE or C-GET, QIDO and WADO, for rules that need an earlier examination
 

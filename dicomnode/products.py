@@ -49,12 +49,19 @@ class Maker:
         digests = [digest for role in order for digest in folder.digests(role).values()]
         reference = self.provenance(folder.result(registered[0]))
         series_uid = objects.series_4d_uid(digests, reference)
+        description = objects.description_4d(fixed, rule.series.description)
         _, overall = of_all([judged[role] for role in folder.moving_roles])
 
         def placed(dataset: Dataset, role: str) -> Dataset:
             slices, phase = fixed.grid.shape[0], order.index(role)
             return objects.as_phase(
-                dataset, series_uid=series_uid, phase=phase, phases=len(order), slices=slices, warning=overall
+                dataset,
+                series_uid=series_uid,
+                description=description,
+                phase=phase,
+                phases=len(order),
+                slices=slices,
+                warning=overall,
             )
 
         if with_4d and accepted:
@@ -75,6 +82,9 @@ class Maker:
                 warning="" if is_rejected else reason,
                 rejection=reason if is_rejected else "",
                 store_in=rule.store_in,
+                description=rule.series.description,
+                resolution="fixed" if with_4d else rule.series.resolution,
+                may_be_multi_frame=not with_4d,
             ):
                 yield kind, placed(dataset, role) if with_4d and kind == "series" else dataset
 

@@ -27,12 +27,9 @@ from dicomnode.config import PRESET_PARAMETERS, Preset
 from dicomnode.derived import DERIVED
 from dicomnode.document import ProblemError, Section
 from dicomnode.model import DeliveryPriority, JobPlan
+from dicomnode.outputs import ALL_OUTPUTS, OUTPUTS, RegisteredSeries
 from dicomnode.schedule import Schedule
 from dicomnode.thresholds import RejectionNote, Thresholds
-
-OUTPUTS = ("series", "sro", "dsr")
-"""What a rule makes where it does not say."""
-ALL_OUTPUTS = (*OUTPUTS, "series_4d", "sr", "pmm", "jacobian", "displacement", "overlap")
 
 
 def _condition(raw: object, info: ValidationInfo) -> Condition:
@@ -264,6 +261,7 @@ class Rule(Section):
     pair: PairConditions = PairConditions()
     registration: Register = Field(default=Register(), alias="register")
     outputs: tuple[str, ...] = OUTPUTS
+    series: RegisteredSeries = RegisteredSeries()
     destinations: tuple[str, ...] | None = None
     store_in: Literal["fixed_study", "moving_study", "newest"] = "fixed_study"
     verdict: Thresholds = Thresholds()
@@ -296,6 +294,8 @@ class Rule(Section):
             )
         if "series_4d" in self.outputs and self.split is None:
             raise ProblemError(("outputs",), "series_4d", "split in the rule: one 4D series needs phases")
+        if "series_4d" in self.outputs and self.series.resolution != "fixed":
+            raise ProblemError(("series", "resolution"), self.series.resolution, "fixed: a 4D series has one grid")
         if self.roles.prior is None:
             if "priors" in self.model_fields_set:
                 raise ProblemError(("priors",), "priors", "a role with from: prior, which they would fill")

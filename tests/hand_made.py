@@ -14,6 +14,7 @@ from dicomnode import objects, volumes
 from dicomnode.quality import Figures
 from registration_engine import Grid, Registration, Report
 
+FORWARD = ("series", "sro", "sro_affine", "dsr")
 CREATED_AT = datetime(2025, 3, 4, 5, 6, 7, tzinfo=UTC)
 
 
@@ -76,7 +77,7 @@ def make_objects(
     registration = registration or make_registration(source.grid)
     arguments = {
         "sampled": objects.sample_grid(registration),
-        "outputs": ("series", "sro", "sro_affine", "dsr"),
+        "outputs": FORWARD,
         "provenance": make_provenance(),
         **changes,
     }

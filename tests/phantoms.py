@@ -101,11 +101,11 @@ def make_series(
             dataset.RescaleSlope = _slope(k)
             dataset.ImageIndex, dataset.NumberOfSlices = k + 1, shape[0]
             dataset.RadiopharmaceuticalInformationSequence = [_radiopharmaceutical()]
-            dataset.PatientOrientationCodeSequence = [_coded("102540001", "SCT", "recumbent")]
+            dataset.PatientOrientationCodeSequence = [_coded("102538003", "SCT", "recumbent")]
             dataset.PatientOrientationCodeSequence[0].PatientOrientationModifierCodeSequence = [
                 _coded("40199007", "SCT", "supine")
             ]
-            dataset.PatientGantryRelationshipCodeSequence = [_coded("102540001", "SCT", "headfirst")]
+            dataset.PatientGantryRelationshipCodeSequence = [_coded("102540008", "SCT", "headfirst")]
         dataset.PixelData = stored[k].tobytes()
         for keyword, value in (header or {}).items():
             if value is None:

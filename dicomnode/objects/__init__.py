@@ -14,8 +14,9 @@ from pydicom.config import disable_value_validation
 
 from dicomnode.objects.common import DESCRIPTION, Provenance, SourceSeries, Subject
 from dicomnode.objects.deformable import SampledField, deformable_registration, sample_grid
-from dicomnode.objects.dynamic import as_phase, reference_phase, series_4d_uid
+from dicomnode.objects.dynamic import as_phase, description_4d, reference_phase, series_4d_uid
 from dicomnode.objects.invariants import check
+from dicomnode.objects.inverse import inverted
 from dicomnode.objects.maps import QUANTITIES, overlap_segmentation, parametric_map
 from dicomnode.objects.measurement_report import measurement_report
 from dicomnode.objects.rejection import rejection_note
@@ -26,15 +27,15 @@ from dicomnode.volumes import load
 from registration_engine import Registration, Volume
 
 __all__ = [
-    "Provenance", "SampledField", "SourceSeries", "as_phase", "build", "check", "reference_phase", "rejection_note",
-    "sample_grid", "series_4d_uid",
+    "Provenance", "SampledField", "SourceSeries", "as_phase", "build", "check", "description_4d", "reference_phase",
+    "rejection_note", "sample_grid", "series_4d_uid",
 ]  # fmt: skip
 
 REPORTS = ("sr",)
 """What tells of a registration without its result: made of a rejected one too."""
 QUALITY = (*REPORTS, *QUANTITIES, "overlap")
-OUTPUTS = ("series", "sro", "sro_affine", "dsr", *QUALITY)
-"""What can be asked for. `sro` is the rigid stage, `sro_affine` the whole linear part."""
+OUTPUTS = ("series", "sro", "sro_affine", "dsr", "dsr-inverse", *QUALITY)
+"""What can be asked for. `sro` is the rigid stage, `sro_affine` the whole linear part; `dsr-inverse` leads back."""
 
 
 def build(
@@ -109,6 +110,9 @@ def _made(
     deformable = deformable_registration(subject, sampled) if "dsr" in outputs else None
     if deformable is not None:
         yield "dsr", check(deformable, subject)
+    if "dsr-inverse" in outputs:
+        back = inverted(registration, sampled, subject.moving.grid)
+        yield "dsr-inverse", check(deformable_registration(subject.turned, back, is_inverse=True), subject.turned)
     stages = (("sro", "RIGID", registration.rigid), ("sro_affine", "AFFINE", registration.moving_from_fixed))
     for output, matrix_type, matrix in stages:
         if output in outputs:

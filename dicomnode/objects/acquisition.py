@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydicom import Dataset
 
-from dicomnode.objects.common import Subject, ascii_text, code, pair_description
+from dicomnode.objects.common import Subject, code, pair_description
+from dicomnode.objects.texts import ascii_text
 
 # From the moving instance, beside group 0018 less MOVING_GRID: what was imaged, by whom, with what
 KEPT = (

@@ -25,6 +25,7 @@ from pydicom.valuerep import DSfloat
 from dicomnode.errors import StudyError
 from dicomnode.objects.mark import marked
 from dicomnode.objects.patient import copy_patient_and_study, set_body_part, study_time
+from dicomnode.objects.texts import ascii_text, described, long_string
 from dicomnode.volumes import SOFTWARE_NAME, frame_count, frame_number, geometry
 from registration_engine import Grid
 
@@ -408,33 +409,19 @@ def decimal(value: float) -> DSfloat:
     return DSfloat(float(value) + 0.0, auto_format=True)  # + 0.0 turns -0 into 0
 
 
-def pair_description(subject: Subject, moving: str = "") -> str:
-    """The pair's Series Description, at most 64 characters; `moving` in place of the moving series' own."""
-    names = {
-        name: str(first.get("SeriesDescription") or first.get("SeriesNumber") or "series")
-        for name, first in (("moving", subject.moving.first), ("fixed", subject.fixed.first))
-    }
-    names["moving"] = moving or names["moving"]
-    used = re.findall(r"\{(moving|fixed)\}", subject.description)
-    room = max(64 - len(re.sub(r"\{(moving|fixed)\}", "", subject.description)), 0)
-    if sum(len(names[name]) for name in used) > room:
-        names = {name: text[: room // len(used)] for name, text in names.items()}
-    return re.sub(r"\{(moving|fixed)\}", lambda found: names[found[1]], subject.description)[:64]
+def pair_description(subject: Subject) -> str:
+    """The pair's Series Description."""
+    return described(subject.description, series_name(subject.moving), series_name(subject.fixed))
+
+
+def series_name(series: SourceSeries) -> str:
+    """What a description calls a series."""
+    return str(series.first.get("SeriesDescription") or series.first.get("SeriesNumber") or "series")
 
 
 def series_number(moving: Dataset, offset: int) -> int:
     """The moving series' number plus an offset, within Integer String."""
     return min(int(moving.get("SeriesNumber") or 0), 10**8) + offset
-
-
-def long_string(text: str) -> str:
-    """Text for VR LO: one line of at most 64 characters."""
-    return ascii_text(text)[:64]
-
-
-def ascii_text(text: str) -> str:
-    """Our own sentences in the repertoire that every Specific Character Set has; no backslash."""
-    return text.encode("ascii", "replace").decode().replace("\\", "/").replace("\n", " ")
 
 
 def _study(study_instance_uid: str, series: list[Dataset]) -> Dataset:

@@ -16,14 +16,8 @@ import numpy.typing as npt
 from pydicom import Dataset
 from pydicom.uid import DeformableSpatialRegistrationStorage
 
-from dicomnode.objects.common import (
-    Subject,
-    code,
-    decimal,
-    long_string,
-    matrix_item,
-    registration_object,
-)
+from dicomnode.objects.common import Subject, code, decimal, matrix_item, registration_object
+from dicomnode.objects.texts import long_string
 from registration_engine import DisplacementField, Grid, Registration, Volume, warp
 
 SPACING_MM = 4.0
@@ -69,7 +63,7 @@ def sample_grid(
             return SampledField(_total(registration, None, grid), 0.0, tolerance_mm)
         displacement = np.empty((*grid.shape, 3), dtype=np.float32)
         for k in range(grid.shape[0]):
-            displacement[k] = interpolate(registration.displacement, registration.grid.indices(_plane(grid, k)))
+            displacement[k] = interpolate(registration.displacement, registration.grid.indices(plane_of(grid, k)))
         largest = 0.0
         for error in _errors(registration, DisplacementField(displacement, grid)):
             largest = max(largest, error)
@@ -95,22 +89,31 @@ def interpolate(values: npt.NDArray[Any], index: npt.NDArray[np.float64]) -> npt
     return result
 
 
-def deformable_registration(subject: Subject, sampled: SampledField) -> Dataset:
-    """Write the delivered field as a Deformable Spatial Registration object."""
-    text = "Total map from fixed to moving"
+def deformable_registration(subject: Subject, sampled: SampledField, *, is_inverse: bool = False) -> Dataset:
+    """Write a field as a Deformable Spatial Registration object.
+
+    Parameters
+    ----------
+    is_inverse
+        The field leads from moving to fixed, and `subject` is the pair turned: its fixed series is the moving one.
+    """
+    kind, number, label = ("dsr inverse", 3500, "INVERSE REG") if is_inverse else ("dsr", 3000, "DEFORMABLE REG")
+    text = "Inverse: total map from moving to fixed" if is_inverse else "Total map from fixed to moving"
+    if is_inverse and sampled.max_error_mm > sampled.tolerance_mm:
+        text = f"WARNING round trip error {sampled.max_error_mm:.1f} mm; {text}"
     dataset = registration_object(
         subject,
         DeformableSpatialRegistrationStorage,
-        "dsr",
-        number=3000,
-        label="DEFORMABLE REG",
+        kind,
+        number=number,
+        label=label,
         text=f"WARNING {subject.warning}; {text}" if subject.warning else text,
     )
     item = Dataset()
     item.SourceFrameOfReferenceUID = subject.moving.frame_of_reference_uid
     item.ReferencedImageSequence = subject.moving.references()
     item.FrameOfReferenceTransformationComment = long_string(
-        f"Total map; grid error at most {sampled.max_error_mm:.3f} mm"
+        f"{'Inverse; round trip' if is_inverse else 'Total map; grid'} error at most {sampled.max_error_mm:.3f} mm"
     )
     item.RegistrationTypeCodeSequence = [code("125024", "Image Content-based Alignment")]
     item.PreDeformationMatrixRegistrationSequence = [matrix_item(np.eye(4), "RIGID")]
@@ -187,7 +190,7 @@ def _errors(registration: Registration, sampled: DisplacementField) -> Iterator[
         yield float(np.sqrt(squares.max()))
 
 
-def _plane(grid: Grid, k: int) -> npt.NDArray[np.float64]:
+def plane_of(grid: Grid, k: int) -> npt.NDArray[np.float64]:
     """LPS mm (rows, columns, 3) of one plane's nodes."""
     j, i = np.indices(grid.shape[1:], dtype=np.float64)
     return grid.points_mm(np.stack([np.full_like(j, k), j, i], axis=-1))

@@ -9,11 +9,12 @@ import numpy as np
 from pydicom import Dataset
 from pydicom.config import disable_value_validation
 
-from dicomnode.objects.common import Provenance, SourceSeries, Subject, _uid
+from dicomnode.objects.common import Provenance, SourceSeries, Subject, _uid, series_name
 from dicomnode.objects.deformable import sample_grid
 from dicomnode.objects.invariants import check
 from dicomnode.objects.mark import mark_image, marked
 from dicomnode.objects.series import registered_series
+from dicomnode.objects.texts import described
 from dicomnode.volumes import load, stored_values
 from registration_engine import Registration, Report
 
@@ -53,11 +54,29 @@ def reference_phase(fixed: SourceSeries, report: Report, provenance: Provenance,
             yield checked
 
 
-def as_phase(dataset: Dataset, *, series_uid: str, phase: int, phases: int, slices: int, warning: str = "") -> Dataset:
+def description_4d(fixed: SourceSeries, pattern: str) -> str:
+    """The Series Description of the 4D series onto this reference."""
+    return described(pattern, "4D", series_name(fixed))
+
+
+def as_phase(
+    dataset: Dataset,
+    *,
+    series_uid: str,
+    description: str,
+    phase: int,
+    phases: int,
+    slices: int,
+    warning: str = "",
+) -> Dataset:
     """A slice of a registered series as a slice of the 4D series; `phase` from 0, `warning` about all phases."""
     dataset.SeriesInstanceUID = series_uid
-    dataset.SeriesDescription = marked(f"REG 4D {dataset.SeriesDescription.split(' to ')[-1]}", warning)
+    dataset.SeriesDescription = marked(description, warning)
     mark_image(dataset, warning)
+    if "NumberOfSlices" in dataset:  # PET, PS3.3 C.8.9.1
+        dataset.SeriesType = ["DYNAMIC", "IMAGE"]
+        dataset.NumberOfTimeSlices = phases
+        dataset.ImageIndex = phase * slices + int(dataset.InstanceNumber)
     dataset.TemporalPositionIdentifier = phase + 1
     dataset.NumberOfTemporalPositions = phases
     dataset.AcquisitionNumber = phase + 1

@@ -16,7 +16,8 @@ from pydicom.sr.coding import Code
 from pydicom.uid import EnhancedSRStorage
 
 from dicomnode.objects.codes import PRIVATE_SCHEME, explain_codes
-from dicomnode.objects.common import Subject, _uid, ascii_text, own_object, pair_description
+from dicomnode.objects.common import Subject, _uid, own_object, pair_description
+from dicomnode.objects.texts import ascii_text
 from dicomnode.quality import Figures
 from dicomnode.volumes import SOFTWARE_NAME
 

@@ -7,14 +7,8 @@ import numpy.typing as npt
 from pydicom import Dataset
 from pydicom.uid import SpatialRegistrationStorage
 
-from dicomnode.objects.common import (
-    SourceSeries,
-    Subject,
-    code,
-    long_string,
-    matrix_item,
-    registration_object,
-)
+from dicomnode.objects.common import SourceSeries, Subject, code, matrix_item, registration_object
+from dicomnode.objects.texts import long_string
 
 STAGES = {"RIGID": ("sro", "Rigid"), "AFFINE": ("sro affine", "Affine")}
 

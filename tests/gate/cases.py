@@ -16,7 +16,7 @@ from pydicom import Dataset, dcmread
 from pydicom.dataset import FileDataset
 
 from dicomnode import volumes
-from dicomnode.objects import SampledField, sample_grid
+from dicomnode.objects import OUTPUTS, SampledField, sample_grid
 from registration_engine import Registration
 
 Case = dict[str, str]
@@ -136,10 +136,15 @@ def deliver(
     sampled = sample_grid(registration)
     made: dict[str, list[Path]] = {}
     (folder / "series").mkdir()
-    objects = make_objects(
-        volumes.read(fixed), volumes.read(moving), registration, sampled=sampled, resolution=resolution
+    everything = make_objects(
+        volumes.read(fixed),
+        volumes.read(moving),
+        registration,
+        sampled=sampled,
+        outputs=OUTPUTS,
+        resolution=resolution,
     )
-    for n, (kind, dataset) in enumerate(objects):
+    for n, (kind, dataset) in enumerate(everything):
         path = folder / ("series" if kind == "series" else "") / f"{kind}{n}.dcm"
         dataset.save_as(path, enforce_file_format=True)
         made.setdefault(kind, []).append(path)

@@ -17,9 +17,10 @@ import orthanc
 import pytest
 import SimpleITK
 from cases import FACTORS, Case, Delivered, cases, deliver, make_case, pairs_of
-from hand_made import rotation, translation
+from hand_made import make_source, rotation, translation
 from pydicom import dcmread
 
+from dicomnode import volumes
 from dicomnode.objects.deformable import interpolate
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "dicom"
@@ -78,6 +79,20 @@ def test_pydicomrt_decodes_the_field_that_is_in_memory(delivered: Delivered) -> 
 
     assert decoded.grid.is_same_as(delivered.sampled.field.grid)
     assert np.abs(decoded.vectors - delivered.sampled.field.vectors).max() < 0.01
+
+
+def test_pydicomrt_decodes_a_way_back_that_undoes_the_way_there(delivered: Delivered) -> None:
+    there, back = (counterparts.decoded_field(delivered.one(kind)) for kind in ("dsr", "dsr-inverse"))
+    moving = make_source(volumes.read_headers(delivered.moving)).grid
+    points = moving.points_mm(np.random.default_rng(7).uniform(0, np.array(moving.shape) - 1, (1000, 3)))
+
+    fixed = points + counterparts.displacements_at(back, points)
+
+    index = there.grid.indices(fixed)
+    inside = ((index >= 0) & (index <= np.array(there.grid.shape) - 1)).all(axis=1)
+    home = (fixed + counterparts.displacements_at(there, fixed))[inside]
+    assert inside.sum() > 300
+    assert np.linalg.norm(home - points[inside], axis=1).max() < 0.3
 
 
 def test_the_decoded_field_is_the_engines_map_at_random_points(delivered: Delivered) -> None:

@@ -11,7 +11,9 @@ from pydicom import Dataset
 from pydicom.uid import UID
 
 from dicomnode import volumes
+from dicomnode.errors import StudyError
 from dicomnode.objects import SampledField, sample_grid
+from dicomnode.objects.texts import described
 from registration_engine import Registration
 
 SMALL = (6, 16, 20)
@@ -230,3 +232,96 @@ def test_the_series_is_made_with_the_very_field_that_is_delivered() -> None:
     linear = shift(volumes.load(fixed).grid, 0, 0, 0)  # the map that the field does not hold plays no part
     again = stored(series_of(fixed, moving, linear, sampled=SampledField(coarse.field, 0.0)))
     assert np.array_equal(with_coarse, again)
+
+
+def test_the_label_is_the_rules_own_text() -> None:
+    fixed, moving = phantoms.make_pair(shape=SMALL)
+
+    made = make_objects(fixed, moving, description="computed: {moving} on {fixed}")
+
+    assert {dataset.SeriesDescription for _, dataset in made} == {"computed: Abdomen arterial on Abdomen native"}
+    for dataset in (d for kind, d in made if kind == "series"):
+        assert dataset.DerivationDescription.startswith("computed: Abdomen arterial on Abdomen native: resampled once")
+
+
+@pytest.mark.parametrize("pattern", ["REG {moving} to {fixed}", "{fixed} {moving} {fixed} computed", "x" * 64])
+def test_a_label_is_cut_to_what_a_long_string_holds(pattern: str) -> None:
+    label = described(pattern, "M" * 50, "F" * 50)
+
+    assert len(label) <= 64
+    assert {"M", "F"} <= set(label) or "{" not in pattern
+    assert label.endswith("computed") or "computed" not in pattern
+
+
+def test_names_are_never_read_as_patterns() -> None:
+    assert described("REG {moving} to {fixed}", "{fixed}", "{moving}") == "REG {fixed} to {moving}"
+
+
+def test_with_the_moving_voxel_size_the_series_fills_the_fixed_box() -> None:
+    fixed = phantoms.make_series(shape=(8, 20, 24), spacing_mm=(10, 8, 8), oblique=True)
+    moving = phantoms.make_series(phase="arterial", shape=(9, 30, 31), spacing_mm=(7, 3, 2.5))
+
+    made = series_of(fixed, moving, shift(volumes.load(fixed).grid, 8, -3, 2), resolution="moving")
+
+    grid = volumes.load(made).grid
+    ours, box = (np.array(g.shape) * g.spacing_mm for g in (grid, volumes.load(fixed).grid))
+    assert np.allclose(grid.spacing_mm, (7, 3, 2.5))
+    assert ((ours >= box - 1e-6) & (ours < box + grid.spacing_mm)).all()
+    assert np.allclose(np.array(made[0].ImageOrientationPatient), np.array(fixed[0].ImageOrientationPatient), atol=1e-6)
+    middle = [volumes.load(s).grid.points_mm((np.array(volumes.load(s).grid.shape) - 1) / 2) for s in (made, fixed)]
+    assert np.allclose(*middle, atol=1e-3)
+    assert {d.FrameOfReferenceUID for d in made} == {fixed[0].FrameOfReferenceUID}
+    assert all(d.ReferencedImageSequence[0].ReferencedSOPInstanceUID in {f.SOPInstanceUID for f in fixed} for d in made)
+
+
+def test_a_voxel_size_that_would_need_a_giant_series_is_refused() -> None:
+    fixed = phantoms.make_series(shape=(8, 20, 24), spacing_mm=(100, 80, 80))
+    moving = phantoms.make_series(phase="arterial", shape=(9, 30, 31), spacing_mm=(0.1, 0.1, 0.1))
+
+    with pytest.raises(StudyError, match="8000 × 16000 × 19200 voxels"):
+        series_of(fixed, moving, shift(volumes.load(fixed).grid, 8, -3, 2), resolution="moving")
+
+
+def test_the_window_is_that_of_the_middle_of_the_moving_series() -> None:
+    fixed, moving = phantoms.make_pair(shape=SMALL, modality="MR")
+    for number, dataset in enumerate(moving):
+        dataset.WindowCenter, dataset.WindowWidth = 100 + number, 200 + number
+
+    made = series_of(fixed, moving)
+
+    assert {(float(d.WindowCenter), float(d.WindowWidth)) for d in made} <= {(102, 202), (103, 203)}
+    assert len({float(d.WindowCenter) for d in made}) == 1
+
+
+def test_pet_keeps_its_unit_and_has_one_slope_that_holds_every_value() -> None:
+    fixed, moving = phantoms.make_pair(shape=SMALL, modality="PT")
+
+    made = series_of(fixed, moving, shift(volumes.load(fixed).grid, 0, 0, 0))
+
+    assert np.abs(volumes.load(made).voxels - volumes.load(moving).voxels).max() <= float(made[0].RescaleSlope)
+    assert {(d.Units, float(d.RescaleIntercept), "RescaleType" in d) for d in made} == {("BQML", 0.0, False)}
+    assert len({float(d.RescaleSlope) for d in made}) == 1
+    assert sorted(d.ImageIndex for d in made) == list(range(1, 7))
+    assert {d.NumberOfSlices for d in made} == {6}
+
+
+@pytest.mark.parametrize("position", ["HFS", "FFP", "HFDL"])
+def test_how_the_patient_lay_is_said_as_the_modality_says_it(position: str) -> None:
+    ct = phantoms.make_series(shape=SMALL, position=position)
+    pet = phantoms.make_series(shape=SMALL, modality="PT", header={"PatientPosition": None})
+    linear = shift(volumes.load(ct).grid, 0, 0, 0)
+
+    (on_ct, *_) = series_of(ct, pet, linear)
+    (on_pet, *_) = series_of(pet, ct, shift(volumes.load(pet).grid, 0, 0, 0))
+
+    assert "PatientPosition" not in on_ct
+    orientation = on_ct.PatientOrientationCodeSequence[0]
+    said = (
+        on_ct.PatientGantryRelationshipCodeSequence[0].CodeMeaning,
+        orientation.PatientOrientationModifierCodeSequence[0].CodeMeaning,
+    )
+    assert said == {
+        "HFS": ("headfirst", "supine"), "FFP": ("feet-first", "prone"), "HFDL": ("headfirst", "left lateral decubitus"),
+    }[position]  # fmt: skip
+    assert on_pet.PatientPosition == "HFS"
+    assert "PatientOrientationCodeSequence" not in on_pet

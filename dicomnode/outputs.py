@@ -1,0 +1,32 @@
+"""What a rule can ask to be made, and how a registered series may look."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
+
+from dicomnode.document import Section
+
+OUTPUTS = ("series", "sro", "dsr")
+"""What a rule makes where it does not say."""
+ALL_OUTPUTS = (*OUTPUTS, "series_4d", "dsr-inverse", "sr", "pmm", "jacobian", "displacement", "overlap")
+DESCRIPTION = "REG {moving} to {fixed}"
+
+
+def _is_series_description(pattern: str) -> str:
+    """PS3.5 6.2: a Long String is one line of at most 64 characters without a backslash."""
+    bare = re.sub(r"\{(moving|fixed)\}", "", pattern)
+    if re.search(r"[{}\\\x00-\x1f\x7f]", bare) or not 1 <= len(pattern.strip()) <= 64:
+        raise ValueError("one line of 1 to 64 characters without backslash; in braces only {moving} and {fixed}")
+    return pattern
+
+
+class RegisteredSeries(Section):
+    """How the registered series looks."""
+
+    resolution: Literal["fixed", "moving"] = "fixed"
+    """The fixed slices; or the fixed volume's box in voxels of the moving series' size."""
+    description: Annotated[str, AfterValidator(_is_series_description)] = DESCRIPTION
+    """Series Description; `{moving}` and `{fixed}` stand for those of the two series."""
