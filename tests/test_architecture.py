@@ -57,7 +57,7 @@ MAY_IMPORT = {
     "listener": {
         "archive", "commitment", "errors", "intake", "messages", "negotiation", "pdu", "spool", "upperlayer",
     },
-    "delivery": {"archive", "dimse", "errors", "index", "model", "scu"},
+    "delivery": {"archive", "dimse", "errors", "index", "model", "scu", "tls"},
     "scheduler": {
         "archive", "completion", "derived", "errors", "index", "model", "pairing", "rule", "rules", "trace",
         "volumes",

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from dicomnode.index.database import STORED, Database, stored_instance
 from dicomnode.index.tables import UtcDateTime, association, delivery, destination_hold, instance, product, series
-from dicomnode.model import Delivery, DeliveryState
+from dicomnode.model import Delivery, DeliveryState, Instance
 
 _WAITING, _HELD, _FAILED = DeliveryState.WAITING, DeliveryState.HELD, DeliveryState.FAILED
 
@@ -175,6 +175,45 @@ class Deliveries(Database):
         )
         with self._reading() as connection:
             return list(connection.scalars(query))
+
+    def unannounced(self, destination: str, *, since: datetime) -> list[str]:
+        """Jobs all of which has arrived there, the last of it from `since` on, as nobody was told; oldest first.
+
+        What still wants a storage commitment has not arrived.
+        """
+        has_arrived = sa.and_(delivery.c.state == DeliveryState.DELIVERED, delivery.c.transaction_uid.is_(None))
+        query = (
+            sa.select(product.c.job_id)
+            .join(delivery, delivery.c.product_id == product.c.id)
+            .where(delivery.c.destination == destination)
+            .group_by(product.c.job_id)
+            .having(
+                sa.func.sum(sa.case((has_arrived, 0), else_=1)) == 0,
+                sa.func.count(delivery.c.id) > sa.func.count(delivery.c.announced_at),
+                sa.func.max(delivery.c.updated_at) >= since,
+            )
+            .order_by(sa.func.min(delivery.c.id))
+        )
+        with self._reading() as connection:
+            return list(connection.scalars(query))
+
+    def arrived(self, job_id: str, destination: str) -> list[Instance]:
+        """What of a job has arrived there."""
+        query = (
+            sa.select(*[product.c[name] for name in STORED])
+            .join(delivery, delivery.c.product_id == product.c.id)
+            .where(*Which(job_id=job_id, destination=destination).matches())
+            .where(delivery.c.state == DeliveryState.DELIVERED)
+            .order_by(delivery.c.id)
+        )
+        with self._reading() as connection:
+            return [stored_instance(row) for row in connection.execute(query).mappings()]
+
+    def note_announced(self, job_id: str, destination: str, *, now: datetime) -> None:
+        """Whom it concerns was told that all of a job has arrived."""
+        rows = delivery.update().where(*Which(job_id=job_id, destination=destination).matches())
+        with self._writing() as connection:
+            connection.execute(rows.values(announced_at=now))
 
     def undelivered(self, job_id: str) -> int:
         """How many of a job's rows have not arrived, for whatever reason: none of its instances may be deleted."""
