@@ -8,7 +8,9 @@ import ssl
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pydicom
 import pytest
@@ -16,11 +18,13 @@ from pydicom.data import get_testdata_file
 from raw_scu import CT, EXPLICIT, associate_rq
 
 from dicomnode.archive import Archive
-from dicomnode.errors import LocalError
+from dicomnode.errors import LocalError, RemoteError
 from dicomnode.index import Index
 from dicomnode.intake import Intake
 from dicomnode.listener import Listener
+from dicomnode.model import Destination, Instance, TlsFiles
 from dicomnode.negotiation import Access
+from dicomnode.scu import Association
 from dicomnode.tls import server_context
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
@@ -154,3 +158,40 @@ def test_a_certificate_that_cannot_be_used_is_a_local_error_that_names_the_files
 
     with pytest.raises(LocalError, match=r"no\.pem"):
         server_context(tmp_path / "no.pem", tmp_path / "no.key", tmp_path / "no-ca.pem")
+
+
+def stored_over_tls(certificates: Path, port: int, host: str, **options: Any) -> int:
+    """The status of one C-STORE by our own SCU."""
+    name = options.pop("name", "peer")
+    files = TlsFiles(certificates / f"{name}.pem", certificates / f"{name}.key", certificates / "ca.pem", **options)
+    association = Association(Destination("node", "NODE", host, port, tls=files), ae_title="PEER", timeout_s=5.0)
+    association.open([(CT, [EXPLICIT])])
+    data_set = b"\x08\x00\x05\x00CS\x00\x00" * 100_000
+    instance = Instance("2.25.1", CT, EXPLICIT, "", "", len(data_set))
+    status = association.store(association.accepted[CT, EXPLICIT], instance, BytesIO(data_set), len(data_set))
+    association.release()
+    return status
+
+
+def test_we_store_over_tls_at_whoever_shows_a_certificate_of_the_authority(
+    listener: Listener, certificates: Path
+) -> None:
+    assert stored_over_tls(certificates, listener.port, "127.0.0.1", check_host_name=False) == 0x0000
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"check_host_name": True}, "no TLS"), ({"check_host_name": False, "name": "stranger"}, "no association|no TLS")],
+)
+def test_we_do_not_store_at_another_host_than_the_certificate_names_nor_with_one_that_nobody_knows(
+    listener: Listener, certificates: Path, options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(RemoteError, match=reason):
+        stored_over_tls(certificates, listener.port, "127.0.0.1", **options)
+
+
+def test_a_certificate_of_ours_that_cannot_be_read_is_trouble_of_our_own(
+    listener: Listener, certificates: Path
+) -> None:
+    with pytest.raises(LocalError, match=r"nobody\.pem"):
+        stored_over_tls(certificates, listener.port, "127.0.0.1", name="nobody")
