@@ -109,10 +109,12 @@ def _made(
 ) -> Iterator[tuple[str, Dataset]]:
     deformable = deformable_registration(subject, sampled) if "dsr" in outputs else None
     if deformable is not None:
-        yield "dsr", check(deformable, subject)
+        yield "dsr", check(deformable, subject, field=sampled.field)
     if "dsr-inverse" in outputs:
         back = inverted(registration, sampled, subject.moving.grid)
-        yield "dsr-inverse", check(deformable_registration(subject.turned, back, is_inverse=True), subject.turned)
+        turned = subject.turned
+        there = deformable_registration(turned, back, is_inverse=True)
+        yield "dsr-inverse", check(there, turned, field=back.field)
     stages = (("sro", "RIGID", registration.rigid), ("sro_affine", "AFFINE", registration.moving_from_fixed))
     for output, matrix_type, matrix in stages:
         if output in outputs:
@@ -123,7 +125,7 @@ def _made(
                 is_total=not subject.is_deformable and np.allclose(matrix, registration.moving_from_fixed),
                 has_deformable=deformable is not None,
             )
-            yield "sro", check(spatial, subject)
+            yield "sro", check(spatial, subject, moving_from_fixed=matrix)
     if "series" in outputs:
         for dataset in registered_series(subject, moving, sampled, deformable, may_be_multi_frame=may_be_multi_frame):
             yield "series", check(dataset, subject, also=deformable)

@@ -94,6 +94,14 @@ class SourceSeries:
         made = _uid(["frame of reference", str(self.first.SeriesInstanceUID)])
         return str(self.first.get("FrameOfReferenceUID") or made)
 
+    @cached_property
+    def slices(self) -> Mapping[tuple[str, int], Dataset]:
+        """Each slice by what a reference to it says: SOP Instance UID, and of a frame its number, else 0.
+
+        Of an instance whose frames are all meant, a reference need not name one.
+        """
+        return {(str(dataset.SOPInstanceUID), frame_number(dataset)): dataset for dataset in self.datasets}
+
     def references(self) -> list[Dataset]:
         """A reference to every instance once, with its frames where not all are meant."""
         return references(self.datasets)

@@ -40,18 +40,18 @@ def reference_phase(fixed: SourceSeries, report: Report, provenance: Provenance,
         made = registered_series(subject, load(fixed.datasets), sample_grid(identity), None, may_be_multi_frame=False)
         stored = stored_values(fixed.datasets)
         for dataset, source, pixels in zip(made, fixed.datasets, stored, strict=True):
-            checked = check(dataset, subject)
-            checked.DerivationDescription = "Reference phase of a registered dynamic series: its pixels are unchanged."
-            del checked.DerivationCodeSequence
-            for keyword in ("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"):
-                checked[keyword] = source[keyword]
+            dataset.DerivationDescription = "Reference phase of a registered dynamic series: its pixels are unchanged."
+            del dataset.DerivationCodeSequence
+            for keyword in ("BitsAllocated", "BitsStored", "PixelRepresentation"):
+                dataset[keyword] = source[keyword]
+            dataset.HighBit = dataset.BitsStored - 1  # stored values come shifted down to the lowest bits
             for keyword in ("RescaleSlope", "RescaleIntercept", "RescaleType", "PixelPaddingValue"):
                 if keyword in source:
-                    checked[keyword] = source[keyword]
-                elif keyword in checked:
-                    del checked[keyword]
-            checked.PixelData = pixels.astype(f"<{pixels.dtype.kind}{checked.BitsAllocated // 8}").tobytes()
-            yield checked
+                    dataset[keyword] = source[keyword]
+                elif keyword in dataset:
+                    del dataset[keyword]
+            dataset.PixelData = pixels.astype(f"<{pixels.dtype.kind}{dataset.BitsAllocated // 8}").tobytes()
+            yield check(dataset, subject)
 
 
 def description_4d(fixed: SourceSeries, pattern: str) -> str:

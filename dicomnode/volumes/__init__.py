@@ -25,8 +25,9 @@ from pydicom.multival import MultiValue
 from dicomnode import phases
 from dicomnode.errors import IncompleteSeriesError, StudyError, UnsupportedImageError
 from dicomnode.model import HeaderValue, Member, VolumeRef
-from dicomnode.volumes.frames import Frame, frame_count, frame_number, single_frame_class
+from dicomnode.volumes.frames import SINGLE_FRAME_CLASS, Frame, frame_count, frame_number, single_frame_class
 from dicomnode.volumes.geometry import (
+    CLASSES,
     MAX_VOXELS,
     SAME_IN_SERIES,
     Stack,
@@ -41,9 +42,9 @@ from dicomnode.volumes.reading import SOFTWARE_NAME, instance_header, name, numb
 from registration_engine import Volume
 
 __all__ = [
-    "MAX_VOXELS", "SOFTWARE_NAME", "Description", "Stack", "describe", "frame_count", "frame_number", "geometry",
-    "instance_header", "load", "outline", "promises", "read", "read_headers", "rescale", "single_frame_class",
-    "stored_values",
+    "CLASSES", "MAX_VOXELS", "SINGLE_FRAME_CLASS", "SOFTWARE_NAME", "Description", "Stack", "describe", "frame_count",
+    "frame_number", "geometry", "instance_header", "load", "outline", "promises", "read", "read_headers", "rescale",
+    "single_frame_class", "stored_values",
 ]  # fmt: skip
 
 _BULK = {"OB", "OD", "OF", "OL", "OV", "OW", "SQ", "UN", "UT"}
