@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -110,11 +111,16 @@ class Sending:
 
     Attributes
     ----------
+    LONGEST_S
+        After so long no other instance is begun: what has become due meanwhile may be more urgent, and what is left may
+        have been held.
     tried
         How many rows were.
     is_crowded
         The destination did not give us another association beside the first.
     """
+
+    LONGEST_S = 10.0
 
     def __init__(
         self,
@@ -132,6 +138,7 @@ class Sending:
         self._clock = clock
         self._stopping = stopping
         self._recorder = _Recorder(index)
+        self._until = 0.0
         self.tried = 0
         self.is_crowded = False
 
@@ -155,11 +162,12 @@ class Sending:
                 while self._due:
                     self._record(self._due.popleft(), policy.outcome_of(error))
                 return
+            self._until = time.monotonic() + self.LONGEST_S
             threads = [threading.Thread(target=self._beside, args=(each,), daemon=True) for each in others]
             for thread in threads:
                 thread.start()
             self._work(first)
-            if not self._due or self._stopping.is_set():
+            if not self._due or self._is_over() or time.monotonic() > self._until:
                 for each in others:
                     if not each.is_open:  # it waits for an acceptor that is content with one association
                         each.cancel()
@@ -177,14 +185,19 @@ class Sending:
 
     def _work(self, transport: Transport) -> None:
         try:
-            while transport.is_open and not self._stopping.is_set() and not self._recorder.has_failed:
+            while transport.is_open and not self._is_over():
                 try:
                     delivery = self._due.popleft()
                 except IndexError:
                     break
                 self._record(delivery, *self._send(transport, delivery))
+                if time.monotonic() > self._until:
+                    break
         finally:
             transport.release()
+
+    def _is_over(self) -> bool:
+        return self._stopping.is_set() or self._recorder.has_failed
 
     def _send(self, transport: Transport, delivery: Delivery) -> tuple[Outcome, int | None]:
         try:

@@ -17,7 +17,7 @@ from dicomnode.delivery.commitment import CommitmentSCU
 from dicomnode.delivery.policy import Outcome
 from dicomnode.delivery.sending import CStore, Sending, Transport
 from dicomnode.delivery.stow import StowRs
-from dicomnode.errors import LocalError, NodeError, RemoteError
+from dicomnode.errors import LocalError, NodeError, stack
 from dicomnode.index import Index
 from dicomnode.model import Delivery, DeliveryPriority, DeliveryState, Destination
 
@@ -114,13 +114,7 @@ class DeliveryService:
         return len(there) + sending.tried
 
     def announce(self, destination: Destination) -> int:
-        """Tell whom it concerns of the jobs all of which has arrived; of how many.
-
-        Raises
-        ------
-        LocalError
-            The index or a file cannot be read.
-        """
+        """Tell whom it concerns of the jobs all of which has arrived; of how many. What fails is tried again."""
         now = self._clock()
         if destination.announce_to is None or self._announce_from.get(destination.name, now) > now:
             return 0
@@ -130,7 +124,7 @@ class DeliveryService:
                 instances = self._index.arrived(job_id, destination.name)
                 queries.announce(destination, queries.series_of(self._archive, instances), ae_title=self._ae_title)
                 self._index.note_announced(job_id, destination.name, now=now)
-        except RemoteError as error:
+        except NodeError as error:
             log.warning("%s", error)
             self._announce_from[destination.name] = now + _PAUSE_AFTER_TROUBLE
             return 0
@@ -162,6 +156,6 @@ class DeliveryService:
                     continue
             except LocalError as error:
                 log.error("delivery to %s: trying again after: %s", destination.name, error)
-            except Exception:
-                log.exception("delivery to %s: trying again", destination.name)
+            except Exception as error:  # its text may quote a data set
+                log.error("delivery to %s: %s\n%s", destination.name, type(error).__name__, stack(error))
             self._stopping.wait(_POLL_S)

@@ -166,7 +166,7 @@ def test_an_instance_that_finds_no_room_waits_longer_each_time_until_it_is_taken
 
     assert outbox.rows()["2.25.7.1"] | {"kind": ""} == {
         "sop_instance_uid": "2.25.7.1", "kind": "", "destination": "pacs", "state": "delivered", "status": 0,
-        "attempts": 4, "reason": "",
+        "attempts": 4, "reason": "", "committed_at": None,
     }  # fmt: skip
 
 

@@ -21,6 +21,8 @@ from pydicom.uid import (
 from receiving_scp import ReceivingSCP
 
 from dicomnode.delivery import DeliveryService
+from dicomnode.delivery.sending import Sending
+from dicomnode.index import Which
 from dicomnode.model import (
     DeliveryPriority,
     Destination,
@@ -123,6 +125,28 @@ def test_what_is_urgent_goes_first(outbox: Outbox) -> None:
         outbox.service(pacs).once()
 
     assert pacs.stored_uids == ["2.25.7.3", "2.25.7.2", "2.25.7.1"]
+
+
+def test_what_becomes_urgent_or_is_held_while_others_are_sent_does_not_wait_for_them_all(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Sending, "LONGEST_S", 0.0)  # one instance, then another look
+
+    def answer(uid: str) -> int:
+        if uid == "2.25.7.0":
+            outbox.put(make_dataset(9), priority=DeliveryPriority.URGENT)
+        if uid == "2.25.7.1":
+            outbox.index.hold_deliveries(Which(sop_instance_uid="2.25.7.2"), "a person", now=NOW)
+        return 0x0000
+
+    with ReceivingSCP(answer=answer) as pacs:
+        outbox.put(*(make_dataset(n) for n in range(4)))
+        service = outbox.service(pacs)
+        while service.once():
+            pass
+
+    assert pacs.stored_uids == ["2.25.7.0", "2.25.7.9", "2.25.7.1", "2.25.7.3"]
+    assert outbox.states()["2.25.7.2"] == "held"
 
 
 def test_the_pauses_are_those_of_the_destination_and_beyond_its_deadline_it_is_given_up_by_name(
