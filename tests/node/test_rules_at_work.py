@@ -16,8 +16,10 @@ import yaml
 from held import Held
 
 from dicomnode import cli, rules, workflow
+from dicomnode import config as configuration
 from dicomnode.config import PRESET_PARAMETERS
 from dicomnode.model import JobState
+from dicomnode.steps import Steps
 from registration_engine import PRESETS
 
 SMALL: dict[str, Any] = {"shape": (8, 8, 8), "spacing_mm": (5.0, 4.0, 4.0)}
@@ -341,6 +343,55 @@ def test_a_job_outside_its_hours_is_held_and_let_on_when_they_come(held: Held) -
     scheduler.tick(datetime.now(UTC) + timedelta(hours=22, minutes=30))
     assert [job_id for job_id, _ in held.queued] == [job["id"]]
     assert held.index.status()["jobs"][0]["state"] == JobState.WAITING
+
+
+# ── a rule's own ──
+
+
+def test_a_rule_s_own_exclude_and_require_stand_instead_of_the_defaults_for_it_alone(held: Held) -> None:
+    native, portal = study("A")
+    for dataset in portal:
+        dataset.ImageType = ["DERIVED", "SECONDARY", "AXIAL"]
+    rule = yaml.safe_load(RULES)["rules"][0]
+    taking, asking = {**rule, "id": "taking", "exclude": []}, {**rule, "id": "asking", "exclude": []}
+    asking["require"] = {"n_slices": {"min": 9}}
+    leaving = {**rule, "id": "leaving", "exclude": [{"ImageType": "DERIVED"}]}
+    held.put_rules(yaml.safe_dump({"version": 1, "rules": [rule, taking, asking, leaving]}))
+    held.receive([*native, *portal])
+
+    held.tick()
+
+    assert [job["rule_id"] for job in held.index.status()["jobs"]] == ["taking"]
+    made = held.index.traces_of(str(portal[0].SeriesInstanceUID))
+    told = json.dumps(made, default=str)
+    for expected in ("defaults.exclude", "rule asking.require", "rule leaving.exclude"):
+        assert expected in told
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"), [("", {"pacs", "research"}), ("destinations: [research]", {"research"})]
+)
+def test_results_go_to_the_rule_s_own_destinations_or_to_all(held: Held, asked: str, expected: set[str]) -> None:
+    configured = yaml.safe_load(held.config.read_text())
+    configured["destinations"] = [
+        {"name": name, "ae_title": name.upper(), "host": "127.0.0.1", "port": 104} for name in ("pacs", "research")
+    ]
+    configured["worker"] = {"device": "cpu"}
+    held.config.write_text(yaml.safe_dump(configured))
+    small: dict[str, Any] = {"shape": (8, 16, 16), "spacing_mm": (20.0, 20.0, 20.0), "study": "A", "patient_id": "A"}
+    series = [phantoms.make_series(phase=phase, **small) for phase in ("native", "portal")]
+    held.put_rules(f"{RULES}    register: {{preset: rigid}}\n    outputs: [sro]\n    {asked}\n")
+    held.receive([*series[0], *series[1]])
+    workflow.migrate(held.url)
+    held.tick()
+    (job_id,) = [each for each, _ in held.queued]
+
+    for step in Steps(configuration.load(held.config), held.index, held.archive).in_order().values():
+        step(job_id)
+
+    status = held.index.status()
+    assert [job["state"] for job in status["jobs"]] == [JobState.DONE]
+    assert {row["destination"] for row in status["deliveries"]} == expected
 
 
 # ── the loop guard ──
