@@ -1,8 +1,10 @@
-"""What pairing costs: 1,000 studies of 12 series against 50 rules, and the curve over series and rules.
+"""What pairing costs: 1,000 studies of 12 series against 50 rules, and the curves over rules, examinations and series.
 
     python benchmarks/pairing_cost.py [STUDIES]
 
-CPU seconds of one core per study (a patient each), median and largest; the curves should be straight lines.
+CPU milliseconds of one core per patient, median and largest. The last column is what should stay the same: the cost
+of one rule for one series. In the last curve everything is a copy that nothing tells apart, the worst that can be:
+each that may be fixed is compared with each that may be moving.
 """
 
 from __future__ import annotations
@@ -11,7 +13,10 @@ import copy
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -76,11 +81,28 @@ def rule_set(count: int) -> rules.RuleSet:
     return rules.parse(yaml.safe_dump(document | {"rules": several}), "benchmark")
 
 
-def measure(rule_count: int, series: int, studies: int) -> tuple[float, float, int]:
-    """Milliseconds per study, median and largest, and how many pairs were made."""
+def examinations(number: int, count: int) -> list[VolumeRef]:
+    """One patient's examinations of 12 series each, a month apart."""
+    found = []
+    for month in range(count):
+        day = f"{2010 + month // 12}{month % 12 + 1:02}01"
+        found += [
+            replace(
+                each,
+                study_instance_uid=f"{each.study_instance_uid}.{month}",
+                series_instance_uid=f"{each.series_instance_uid}.{month}",
+                header={**each.header, "StudyDate": day},
+            )
+            for each in study(number, 12)
+        ]
+    return found
+
+
+def measure(rule_count: int, patients: int, volumes_of: Callable[[int], list[VolumeRef]]) -> tuple[float, float, int]:
+    """Milliseconds per patient, median and largest, and how many pairs were made."""
     in_force, times, pairs = rule_set(rule_count), [], 0
-    for number in range(studies):
-        volumes = study(number, series)
+    for number in range(patients):
+        volumes = volumes_of(number)
         started = time.process_time()
         pairs += len(pairing.pair(in_force, volumes, quiet_period_s=30, now=NOW).pairs)
         times.append(1000 * (time.process_time() - started))
@@ -90,7 +112,7 @@ def measure(rule_count: int, series: int, studies: int) -> tuple[float, float, i
 def main() -> None:
     """Print the table."""
     studies = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
-    median, largest, pairs = measure(50, 12, studies)
+    median, largest, pairs = measure(50, studies, lambda number: study(number, 12))
     print(f"{studies} studies × 12 series × 50 rules: median {median:.1f} ms, largest {largest:.1f} ms, {pairs} pairs")
     in_force, volumes = rule_set(50), study(0, 12)
     decision = pairing.pair(in_force, volumes, quiet_period_s=30, now=NOW)
@@ -99,10 +121,16 @@ def main() -> None:
     print(
         f"the full trace of one study: {1000 * (time.process_time() - started):.1f} ms, {len(str(written)) // 1000} kB"
     )
-    print("\nrules  series  ms per study  ms per rule and series")
-    for rule_count, series in ((5, 12), (10, 12), (25, 12), (50, 12), (100, 12), (50, 3), (50, 6), (50, 24), (50, 48)):
-        median = measure(rule_count, series, max(20, studies // 20))[0]
-        print(f"{rule_count:5}  {series:6}  {median:12.2f}  {median / rule_count / series:22.4f}")
+    few = max(8, studies // 50)
+    print("\nrules  series  examinations  ms per patient  µs per rule and series")
+    for rule_count, count in [(n, 1) for n in (5, 10, 25, 50, 100)] + [(50, n) for n in (2, 4, 8, 16, 32)]:
+        median = measure(rule_count, few, partial(examinations, count=count))[0]
+        one = 1000 * median / rule_count / 12 / count
+        print(f"{rule_count:5}  {12 * count:6}  {count:12}  {median:14.2f}  {one:22.1f}")
+    print("\nrules  series of one examination that nothing tells apart")
+    for series in (3, 6, 12, 24, 48):
+        median = measure(50, few, partial(study, series=series))[0]
+        print(f"   50  {series:6}  {1:12}  {median:14.2f}  {1000 * median / 50 / series:22.1f}")
 
 
 if __name__ == "__main__":

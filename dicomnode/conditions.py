@@ -41,6 +41,23 @@ class Condition(Protocol):
         """Evaluate on one volume."""
 
 
+class Meets:
+    """Whether a volume meets a condition; looked at once, in however many scopes it stands.
+
+    For one turn of one rule: what it has looked at is known by identity, and must live as long.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[int, int], bool] = {}
+
+    def __call__(self, condition: Condition, subject: Subject) -> bool:
+        """`condition.check(subject).passed`."""
+        which = id(condition), id(subject)
+        if which not in self._seen:
+            self._seen[which] = condition.check(subject).passed
+        return self._seen[which]
+
+
 @dataclass(frozen=True)
 class Check:
     """One evaluated condition.

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import date
+from functools import cached_property
 
 from dicomnode.model import HeaderValue, VolumeRef
 from dicomnode.vocabulary import BUILT_IN, CONTRAST_PHASES, ENHANCED, Vocabulary, tokens
@@ -60,6 +61,11 @@ class Subject:
             seen = Observation(values_of(self.volume, name)) if derive is None else derive(self)
             self._seen[name] = seen
         return seen
+
+    @cached_property
+    def day(self) -> date | None:
+        """The day of the examination; None where no element says it."""
+        return study_date(self.volume)
 
     @property
     def frame(self) -> Frame:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from dicomnode import completion, partners
-from dicomnode.derived import Subject, study_date
+from dicomnode.conditions import Meets
+from dicomnode.derived import Subject
 from dicomnode.findings import LeftOut, RuleFinding, ScopeFinding, keys_of, label
 from dicomnode.model import Ambiguity, Pair, SeriesActivity, VolumeRef
 from dicomnode.reasons import reason, several
@@ -147,9 +148,9 @@ def _apply(
             finding.outside[key] = check
         else:
             applicable[key] = subject
-    scopes = scopes_of(rule, applicable)
+    scopes, meets = scopes_of(rule, applicable), Meets()
     for scope in scopes:
-        finding.scopes.append(_look(rule, scope, subjects, finding, here))
+        finding.scopes.append(_look(rule, scope, subjects, finding, here, meets))
     for key in applicable.keys() - {key for scope in scopes for key in scope.subjects}:
         if applicable[key].volume.is_fetched:
             finding.scopeless[key] = "was fetched as a prior, and fills no other role"
@@ -159,10 +160,12 @@ def _apply(
     return finding
 
 
-def _look(rule: Rule, scope: Scope, subjects: Subjects, finding: RuleFinding, here: _Circumstances) -> ScopeFinding:
+def _look(
+    rule: Rule, scope: Scope, subjects: Subjects, finding: RuleFinding, here: _Circumstances, meets: Meets
+) -> ScopeFinding:
     """Make every pair of one rule in one scope, and note why not for the rest."""
-    fixed, fixed_falls = _candidates(rule, rule.roles.fixed, scope)
-    moving, moving_falls = _candidates(rule, rule.roles.moving, scope)
+    fixed, fixed_falls = _candidates(rule, rule.roles.fixed, scope, meets)
+    moving, moving_falls = _candidates(rule, rule.roles.moving, scope, meets)
     falls = {name for name, fell in (("fixed", fixed_falls), ("moving", moving_falls)) if fell}
     result = ScopeFinding(scope, {"fixed": fixed, "moving": moving}, falls)
     made = [
@@ -216,24 +219,24 @@ def _at_deadline(
         result.undecided = dict.fromkeys([*fixed, *moving], text)
 
 
-def _candidates(rule: Rule, role: Role, scope: Scope) -> tuple[dict[Key, float], bool]:
+def _candidates(rule: Rule, role: Role, scope: Scope, meets: Meets) -> tuple[dict[Key, float], bool]:
     """Volumes that fill the role → their score, and whether it took `fallback` to find them."""
     of_origin = {
         key: subject
         for key, subject in scope.subjects.items()
         if (key in scope.priors) == (role.origin == "prior")
         # `when` is about the examination that starts the rule; a prior need not meet it
-        and (role.origin == "prior" or rule.roles.prior is None or rule.when.check(subject).passed)
+        and (role.origin == "prior" or rule.roles.prior is None or meets(rule.when, subject))
     }
     for selection in (role.match, role.fallback):
-        found = [] if selection is None else _selected(selection, of_origin)
+        found = [] if selection is None else _selected(selection, of_origin, meets)
         if found:
-            return {key: _score(role, of_origin[key]) for key in found}, selection is role.fallback
+            return {key: _score(role, of_origin[key], meets) for key in found}, selection is role.fallback
     return {}, False
 
 
-def _selected(selection: Selection, subjects: Subjects) -> list[Key]:
-    found = [key for key, subject in subjects.items() if selection.condition.check(subject).passed]
+def _selected(selection: Selection, subjects: Subjects, meets: Meets) -> list[Key]:
+    found = [key for key, subject in subjects.items() if meets(selection.condition, subject)]
     order = selection.order
     if order is None or not found:
         return found
@@ -249,8 +252,8 @@ def _selected(selection: Selection, subjects: Subjects) -> list[Key]:
     return in_order[order.index :][:1]
 
 
-def _score(role: Role, subject: Subject) -> float:
-    return sum(each.score for each in role.prefer if each.condition.check(subject).passed)
+def _score(role: Role, subject: Subject, meets: Meets) -> float:
+    return sum(each.score for each in role.prefer if meets(each.condition, subject))
 
 
 def _ask_for_priors(
@@ -329,7 +332,7 @@ def _offers(rule: Rule, result: ScopeFinding) -> list[_Offer]:
 
 
 def _rank(rule: Rule, scope: Scope, key: Key, score: float, likeness: int) -> Rank:
-    day = study_date(scope.subjects[key].volume) if key in scope.priors else None
+    day = scope.subjects[key].day if key in scope.priors else None
     recency = float(day.toordinal()) if day else 0.0
     return (recency if rule.priors.pick == "newest" else 0.0, score, likeness, recency)
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 from dicomnode import partners
-from dicomnode.derived import study_date
 from dicomnode.findings import RuleFinding, ScopeFinding, label
 from dicomnode.rule import Rule
 from dicomnode.scopes import Key, Scope
@@ -63,7 +62,7 @@ def _said(finding: RuleFinding, key: Key) -> tuple[str, Callable[[], str]]:
 
 def note(rule: Rule, finding: ScopeFinding, key: Key) -> str:
     """Why a volume that fills a role is in no new pair."""
-    undated = not rule.pair.is_within_study and study_date(finding.scope.subjects[key].volume) is None
+    undated = not rule.pair.is_within_study and finding.scope.subjects[key].day is None
     return _note(rule, finding, key) + (
         "; without a date of examination no other study is looked at" if undated else ""
     )

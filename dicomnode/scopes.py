@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from dicomnode.derived import Subject, acquired_s, study_date, values_of
+from dicomnode.derived import Subject, acquired_s, values_of
 from dicomnode.model import VolumeRef
 from dicomnode.rule import Rule
 
@@ -66,7 +66,7 @@ def _patient(volume: VolumeRef) -> tuple[str, str]:
 
 def _by_day(subjects: Subjects, max_days: int) -> list[dict[Key, Subject]]:
     """Split where more than `max_days` lie between examinations; a study without a date stands alone."""
-    dated = sorted((day, key) for key, each in subjects.items() if (day := study_date(each.volume)) is not None)
+    dated = sorted((day, key) for key, each in subjects.items() if (day := each.day) is not None)
     parts: list[dict[Key, Subject]] = []
     previous = None
     for day, key in dated:
@@ -91,14 +91,14 @@ def _with_priors(rule: Rule, subjects: Subjects) -> list[Scope]:
         current = [key for key in keys if not subjects[key].volume.is_fetched]
         if not current:
             continue
-        day = study_date(subjects[current[0]].volume)
+        day = subjects[current[0]].day
         earlier = [
             key
             for other, others in studies.items()
             if other[:2] == study[:2] and other != study
             for key in others
             if day is not None
-            and (before := study_date(subjects[key].volume)) is not None
+            and (before := subjects[key].day) is not None
             and 0 <= (day - before).days <= rule.priors.max_age_days
         ]
         members = {key: subjects[key] for key in sorted([*current, *earlier])}

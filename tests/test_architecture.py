@@ -30,7 +30,9 @@ MAY_IMPORT = {
     "findings": {"conditions", "model", "rule", "scopes"},
     "reasons": {"derived", "findings", "partners", "rule", "scopes"},
     "trace": {"conditions", "findings", "partners", "reasons", "rule", "scopes"},
-    "pairing": {"completion", "derived", "findings", "model", "partners", "reasons", "rule", "rules", "scopes"},
+    "pairing": {
+        "completion", "conditions", "derived", "findings", "model", "partners", "reasons", "rule", "rules", "scopes",
+    },
     "phases": {"errors", "model"},
     "volumes": {"errors", "model", "phases", "registration_engine"},
     "quality": {"registration_engine"},
