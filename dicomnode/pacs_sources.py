@@ -26,6 +26,10 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made at impo
     CTImageStorage,
     EnhancedCTImageStorage,
     EnhancedMRImageStorage,
+    EnhancedPETImageStorage,
+    LegacyConvertedEnhancedCTImageStorage,
+    LegacyConvertedEnhancedMRImageStorage,
+    LegacyConvertedEnhancedPETImageStorage,
     MRImageStorage,
     PositronEmissionTomographyImageStorage,
     StudyRootQueryRetrieveInformationModelFind,
@@ -42,8 +46,10 @@ Store = Callable[[Source, Iterator[tuple[str, str, str, bytes]]], None]
 """Keeps instances: SOP class, SOP instance, transfer syntax, data set bytes."""
 
 _IMAGES = (
-    CTImageStorage, MRImageStorage, EnhancedCTImageStorage, EnhancedMRImageStorage,
-    PositronEmissionTomographyImageStorage,
+    CTImageStorage, MRImageStorage, PositronEmissionTomographyImageStorage,
+    EnhancedCTImageStorage, EnhancedMRImageStorage, EnhancedPETImageStorage,
+    LegacyConvertedEnhancedCTImageStorage, LegacyConvertedEnhancedMRImageStorage,
+    LegacyConvertedEnhancedPETImageStorage,
 )  # fmt: skip
 _SYNTAXES: list[Any] = [
     pydicom.uid.ExplicitVRLittleEndian, pydicom.uid.ImplicitVRLittleEndian, pydicom.uid.JPEGLosslessSV1,

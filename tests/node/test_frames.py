@@ -17,7 +17,8 @@ from pydicom.uid import (
     EnhancedMRImageStorage,
     EnhancedPETImageStorage,
     LegacyConvertedEnhancedCTImageStorage,
-    PositronEmissionTomographyImageStorage,
+    LegacyConvertedEnhancedMRImageStorage,
+    LegacyConvertedEnhancedPETImageStorage,
     RLELossless,
 )
 
@@ -32,17 +33,20 @@ CLASSES = {
     "MR": EnhancedMRImageStorage,
     "PT": EnhancedPETImageStorage,
     "legacy CT": LegacyConvertedEnhancedCTImageStorage,
+    "legacy MR": LegacyConvertedEnhancedMRImageStorage,
+    "legacy PT": LegacyConvertedEnhancedPETImageStorage,
 }
 
 
 @pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("compressed", [False, True])
 def test_a_multi_frame_volume_is_the_single_frame_one(kind: str, compressed: bool, tmp_path: Path) -> None:
-    series = phantoms.make_series(modality="MR" if kind == "MR" else "CT", oblique=True)
+    series = phantoms.make_series(modality=kind[-2:], oblique=True)
     for n, dataset in enumerate(series):
-        dataset.RescaleSlope, dataset.RescaleIntercept = 1 + n, -n  # of each frame its own
-        if kind == "PT":
-            dataset.SOPClassUID, dataset.Modality = PositronEmissionTomographyImageStorage, "PT"
+        dataset.RescaleSlope, dataset.RescaleIntercept = (
+            1 + n,
+            0 if kind.endswith("PT") else -n,
+        )  # of each frame its own
     instance = enhanced(series, CLASSES[kind], of_frame=[{}] * 20)
     if compressed:
         instance.compress(RLELossless)

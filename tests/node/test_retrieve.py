@@ -7,24 +7,31 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orthanc
 import phantoms
+import pydicom
 import pytest
 from held import Held
+from multi_frame import enhanced
 from orthanc import DICOMWEB, Orthanc
+from pydicom.uid import CTImageStorage, EnhancedMRImageStorage, MRImageStorage, RLELossless
+from pydicom.uid import PositronEmissionTomographyImageStorage as PETImageStorage
 from raw_scu import CT, EXPLICIT, RawSCU, c_store_rq, p_data
 from running_node import free_port
 
 from dicomnode.archive import Archive
 from dicomnode.errors import RemoteError
+from dicomnode.indexer import Indexer
 from dicomnode.intake import Intake
 from dicomnode.listener import Listener
 from dicomnode.model import RetrievedBy, Source
 from dicomnode.negotiation import Access
-from dicomnode.pacs_sources import multipart
+from dicomnode.pacs_sources import client_of, multipart
 from dicomnode.retrieve import MAX_ATTEMPTS, PriorService
 from dicomnode.spool import JournalRecord
 from dicomnode.volumes import instance_header
+from dicomnode.volumes.frames import SINGLE_FRAME_CLASS
 
 SMALL: dict[str, Any] = {"shape": (8, 8, 8), "spacing_mm": (5.0, 4.0, 4.0)}
 RULES = """
@@ -101,6 +108,61 @@ def test_what_was_fetched_starts_nothing_and_becomes_current_once_when_a_scanner
     assert again == 0
     assert by_prior == ["to-prior"]
     assert sorted(job["rule_id"] for job in held.index.status()["jobs"]) == ["pre-post", "to-prior"]
+
+
+@needs_orthanc
+@pytest.mark.parametrize("fetch", ["c-get", "c-move"])
+def test_every_class_that_is_read_comes_from_orthanc(tmp_path: Path, held: Held, fetch: str) -> None:
+    """By C-GET, and by C-MOVE with Orthanc as the Storage SCU."""
+    port = free_port()
+    pacs = Orthanc(tmp_path / "pacs", modalities={"NODE": ["DICOMNODE", "127.0.0.1", port]})
+    intake = Intake(held.archive, held.index)
+    indexer = Indexer(held.index, held.archive, instance_header)
+    listener = Listener("127.0.0.1", port, intake, access=Access())
+    sent = prior_of_every_class()
+    source = Source("pacs", "ORTHANC", "127.0.0.1", pacs.port, fetch)
+    try:
+        for path in phantoms.write_series(sent, tmp_path / "images"):
+            pacs.upload(path)
+        listener.start()
+        client = client_of(source, "DICOMNODE", ask(held, source, "1.2.3")._store)
+        for each in client.series(str(sent[0].StudyInstanceUID)):
+            client.fetch(each)
+    finally:
+        listener.stop()
+        intake.flush()
+        intake.stop()
+        pacs.stop()
+    while indexer.run_once():
+        pass
+
+    assert {str(each.SOPClassUID) for each in sent} == {*SINGLE_FRAME_CLASS, *SINGLE_FRAME_CLASS.values()}
+    for each in sent:
+        stored = held.index.find_instance(str(each.SOPInstanceUID))
+        assert stored is not None, each.SOPClassUID.name
+        came = pydicom.dcmread(held.archive.path(stored))
+        if fetch == "c-move":
+            assert came == each
+            assert stored.transfer_syntax_uid == each.file_meta.TransferSyntaxUID
+        else:  # of what it may send, it prefers uncompressed
+            assert np.array_equal(came.pixel_array, each.pixel_array)
+    assert {activity.is_fetched for activity in held.index.activities()} == {True}
+
+
+def prior_of_every_class() -> list[Any]:
+    """One study; single-frame and multi-frame of CT, MR and PET, plain and compressed."""
+    found = []
+    for modality, single in (("CT", CTImageStorage), ("MR", MRImageStorage), ("PT", PETImageStorage)):
+        slices = phantoms.make_series(modality=modality, study="old", patient_id="P", **SMALL)
+        found.append(slices[0])
+        for multi in [multi for multi, of in SINGLE_FRAME_CLASS.items() if of == single]:
+            made = enhanced(slices, multi, of_frame=[{}] * len(slices))
+            made.SeriesInstanceUID = phantoms.make_uid("multi", multi)
+            made.SOPInstanceUID = made.file_meta.MediaStorageSOPInstanceUID = phantoms.make_uid("instance", multi)
+            if multi == EnhancedMRImageStorage:
+                made.compress(RLELossless)
+            found.append(made)
+    return found
 
 
 @needs_orthanc
