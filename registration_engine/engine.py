@@ -40,7 +40,7 @@ from registration_engine.volume import DisplacementField, Grid, Registration, Re
 
 Progress = Callable[[str, float], None]
 _JUDGED_VOXELS = 1_500_000  # similarity is measured on a thinned fixed grid of this size
-_CONVINCING = 0.15  # similarity that images in unrelated places must reach
+_CONVINCING = 0.15  # similarity beyond chance that images in unrelated places must reach
 
 
 def register(
@@ -200,11 +200,14 @@ def _register(
                 field = optimize.unfolded(field, lattice, smallest_determinant=preset.smallest_determinant)
                 found = regularity(field, fixed.foreground, lattice.spacing_mm)
                 after = judge.similarity(linear, fields.resize(field, fixed.grid, judge.grid))
-        if not start.world_overlaps and after < _CONVINCING:
-            raise NoOverlapError(
-                f"Fixed and moving share no physical space, and brought together they do not resemble each other: "
-                f"similarity {after:.3f}, expected {_CONVINCING:g} or more"
-            )
+        if not start.world_overlaps:
+            part = None if field is None else fields.resize(field, fixed.grid, judge.grid)
+            beyond = after - judge.similarity(linear, part, by_chance=True)
+            if beyond < _CONVINCING:
+                raise NoOverlapError(
+                    f"Fixed and moving share no physical space, and brought together they do not resemble each other: "
+                    f"similarity {beyond:.3f} beyond chance, expected {_CONVINCING:g} or more"
+                )
         _refuse_implausible(found, preset)
         displacement = None if field is None else _world_displacement(field, fixed.grid, linear)
     report = Report(
@@ -243,14 +246,22 @@ class _Judge:
         self._moving_from_world = sampling_from_world(moving.grid)
         self._world_from_lattice = world_from_lattice(self.grid)
 
-    def similarity(self, moving_from_fixed: Matrix, field: Tensor | None = None) -> float:
-        """Normalized mutual information over the overlap after moving_from_fixed ∘ (id + field), field on `grid`."""
+    def similarity(self, moving_from_fixed: Matrix, field: Tensor | None = None, *, by_chance: bool = False) -> float:
+        """Normalized mutual information over the overlap after moving_from_fixed ∘ (id + field), field on `grid`.
+
+        With `by_chance` the moving image's values are dealt out anew over the overlap: what remains is what so few
+        voxels have in common by accident.
+        """
         to_moving = self._moving_from_world @ moving_from_fixed
         points = linear_coordinates(self._identity, torch.from_numpy(to_moving @ self._world_from_grid))
         if field is not None:
             per_mm = torch.tensor(to_moving[:3, :3] @ self._world_from_lattice, dtype=torch.float32)
             points = points + torch.tensordot(per_mm.to(field.device), field, dims=1)
         warped, valid = sample_where_valid(self._moving, points)
+        if by_chance:
+            inside = torch.nonzero(self._valid * valid > 0, as_tuple=True)
+            order = torch.from_numpy(np.random.default_rng(0).permutation(len(inside[0]))).to(warped.device)
+            warped[inside] = warped[inside][order]
         return normalized_mutual_information(self._fixed, warped, self._valid * valid)
 
 

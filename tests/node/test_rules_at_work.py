@@ -378,7 +378,7 @@ def test_results_go_to_the_rule_s_own_destinations_or_to_all(held: Held, asked: 
     ]
     configured["worker"] = {"device": "cpu"}
     held.config.write_text(yaml.safe_dump(configured))
-    small: dict[str, Any] = {"shape": (8, 16, 16), "spacing_mm": (20.0, 20.0, 20.0), "study": "A", "patient_id": "A"}
+    small: dict[str, Any] = {"shape": (16, 32, 32), "spacing_mm": (10.0, 10.0, 10.0), "study": "A", "patient_id": "A"}
     series = [phantoms.make_series(phase=phase, **small) for phase in ("native", "portal")]
     held.put_rules(f"{RULES}    register: {{preset: rigid}}\n    outputs: [sro]\n    {asked}\n")
     held.receive([*series[0], *series[1]])
