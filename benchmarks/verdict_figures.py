@@ -1,7 +1,7 @@
 """The figures that a verdict rests on, of pairs whose truth is known and of pairs that cannot be registered.
 
-    python -m benchmarks.verdict_figures run --out benchmarks/results/verdict.jsonl
-    python -m benchmarks.verdict_figures table --out benchmarks/results/verdict.jsonl
+    python -m benchmarks.verdict_figures run --out benchmarks/verdict_figures.jsonl
+    python -m benchmarks.verdict_figures table --out benchmarks/verdict_figures.jsonl
 
 `run` goes on where it stopped. Each pair is registered as a job would be (preset fast on a
 grid of at most 100,000 voxels), sampled on the grid that would
@@ -243,7 +243,7 @@ def main() -> None:
     """Measure, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("action", choices=("run", "table"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/verdict.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/verdict_figures.jsonl"))
     parser.add_argument("--only", default="", help="names that begin so")
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []

@@ -202,12 +202,7 @@ def _register(
                 after = judge.similarity(linear, fields.resize(field, fixed.grid, judge.grid))
         if not start.world_overlaps:
             part = None if field is None else fields.resize(field, fixed.grid, judge.grid)
-            beyond = after - judge.similarity(linear, part, by_chance=True)
-            if beyond < _CONVINCING:
-                raise NoOverlapError(
-                    f"Fixed and moving share no physical space, and brought together they do not resemble each other: "
-                    f"similarity {beyond:.3f} beyond chance, expected {_CONVINCING:g} or more"
-                )
+            _refuse_unlike(after - judge.similarity(linear, part, by_chance=True))
         _refuse_implausible(found, preset)
         displacement = None if field is None else _world_displacement(field, fixed.grid, linear)
     report = Report(
@@ -299,6 +294,14 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _refuse_unlike(beyond_chance: float) -> None:
+    if beyond_chance < _CONVINCING:
+        raise NoOverlapError(
+            f"Fixed and moving share no physical space, and brought together they do not resemble each other: "
+            f"similarity {beyond_chance:.3f} beyond chance, expected {_CONVINCING:g} or more"
+        )
 
 
 def _refuse_implausible(found: Regularity, preset: Preset) -> None:

@@ -139,7 +139,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
 
 def test_the_measured_pairs_are_judged_as_the_documentation_says() -> None:
     root = Path(__file__).resolve().parents[2]
-    rows = [json.loads(line) for line in (root / "benchmarks" / "results" / "verdict.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (root / "benchmarks" / "verdict_figures.jsonl").read_text().splitlines()]
     text = (root / "docs" / "verdict.md").read_text()
 
     for row in rows:
