@@ -23,10 +23,13 @@ from dicomnode import volumes
 from dicomnode.archive import Archive
 from dicomnode.errors import LocalError
 from dicomnode.model import Instance
-from dicomnode.objects import SampledField, SourceSeries
+from dicomnode.objects import Drawing, SampledField, SourceSeries
 from registration_engine import DisplacementField, Grid, Registration, Report
 
 STORED = tuple(Instance.__dataclass_fields__)
+
+DRAWINGS = "drawings of {}"
+"""Under what name the drawings of a role stand among the members."""
 
 Members = Sequence[tuple[Instance, Sequence[int]]]
 """The instances of one volume, each with its frames; no frames: a single-frame instance."""
@@ -80,6 +83,18 @@ class JobFolder:
             (Instance(**{name: each[name] for name in STORED}), tuple(each["frames"]))
             for each in self.read_json("inputs")[role]
         ]
+
+    @property
+    def members(self) -> list[str]:
+        """Every role, and for a role whose images were drawn on `drawings of ROLE`."""
+        return [name for name in self.read_json("inputs") if name != "order"]
+
+    def drawings(self, role: str) -> list[Drawing]:
+        """The Segmentations and RT Structure Sets that belong to one role."""
+        name = DRAWINGS.format(role)
+        inputs = [instance for instance, _ in self.inputs(name)] if name in self.members else []
+        read = volumes.read([self._archive.path(each) for each in inputs])
+        return [Drawing(dataset, each.sha256) for dataset, each in zip(read, inputs, strict=True)]
 
     def datasets(self, role: str) -> list[Dataset]:
         """The slices of one role's volume, whole."""

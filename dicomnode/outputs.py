@@ -11,7 +11,18 @@ from dicomnode.document import Section
 
 OUTPUTS = ("series", "sro", "dsr")
 """What a rule makes where it does not say."""
-ALL_OUTPUTS = (*OUTPUTS, "series_4d", "dsr-inverse", "sr", "pmm", "jacobian", "displacement", "overlap")
+ALL_OUTPUTS = (
+    *OUTPUTS,
+    "series_4d",
+    "dsr-inverse",
+    "sr",
+    "pmm",
+    "jacobian",
+    "displacement",
+    "overlap",
+    "contours",
+    "segmentations",
+)
 DESCRIPTION = "REG {moving} to {fixed}"
 
 

@@ -5,6 +5,7 @@ Law: the same folder gives the same objects; nothing here asks the index, nor kn
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,11 +13,14 @@ from importlib.metadata import version
 from pydicom import Dataset
 
 from dicomnode import objects, volumes
+from dicomnode.errors import StudyError
 from dicomnode.job_folder import JobFolder, Result
 from dicomnode.model import Job, Verdict
-from dicomnode.objects import Provenance
+from dicomnode.objects import Provenance, SourceSeries
 from dicomnode.rule import Rule
 from dicomnode.verdict import of_all
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Maker:
         accepted = [role for role in registered if judged[role][0] != Verdict.REJECT]
         fixed = folder.source("fixed")
         with_4d = "series_4d" in rule.outputs
-        outputs = [name for name in rule.outputs if name != "series_4d"] + (["series"] if with_4d else [])
+        outputs = [name for name in rule.outputs if name not in ("series_4d", *objects.CARRIED)]
+        outputs += ["series"] if with_4d else []
         outputs += ["sro_affine"] if rule.registration.affine_sro else []
         digests = [digest for role in order for digest in folder.digests(role).values()]
         reference = self.provenance(folder.result(registered[0]))
@@ -87,6 +92,28 @@ class Maker:
                 may_be_multi_frame=not with_4d,
             ):
                 yield kind, placed(dataset, role) if with_4d and kind == "series" else dataset
+            if not is_rejected:
+                yield from self._carried(role, fixed, moving, reason)
+
+    def _carried(
+        self, role: str, fixed: SourceSeries, moving: SourceSeries, warning: str
+    ) -> Iterator[tuple[str, Dataset]]:
+        """What was drawn on the moving series, where the rule wants it; what cannot be carried is named in the log."""
+        result = self.folder.result(role)
+        for drawing in self.folder.drawings(role):
+            if drawing.output in self.rule.outputs:
+                try:
+                    yield objects.carried(
+                        fixed,
+                        moving,
+                        result.sampled,
+                        drawing,
+                        provenance=self.provenance(result),
+                        warning=warning,
+                        store_in=self.rule.store_in,
+                    )
+                except StudyError as error:
+                    log.warning("job %s: not carried over: %s", self.job.id, error)
 
     def provenance(self, result: Result) -> Provenance:
         """How one pair's objects came about, as they tell it."""

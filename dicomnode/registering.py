@@ -107,8 +107,9 @@ def judge_pairs(folder: JobFolder, thresholds: Thresholds) -> tuple[Verdict, str
 def provenance(folder: JobFolder) -> dict[str, Any]:
     """What a person must know to come to these results again, as plain values.
 
-    `inputs` holds for each role its instances (UID, sha256, frames), `order` the roles in time, `results` for each role
-    that was registered its report and when it was made, `software` and `machine` what it was made with.
+    `inputs` holds for each role and its drawings the instances (UID, sha256, frames), `order` the roles in time,
+    `results` for each role that was registered its report and when it was made, `software` and `machine` what it was
+    made with.
     """
     roles = folder.order
     failed = folder.read_json("failed")
@@ -117,7 +118,7 @@ def provenance(folder: JobFolder) -> dict[str, Any]:
     return {
         "inputs": {
             role: [[each.sop_instance_uid, each.sha256, list(frames)] for each, frames in folder.inputs(role)]
-            for role in roles
+            for role in folder.members
         },
         "order": roles,
         "results": {

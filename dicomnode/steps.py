@@ -10,19 +10,19 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from dicomnode import rules, volumes
+from dicomnode import objects, rules, volumes
 from dicomnode.archive import Archive
 from dicomnode.config import Config
-from dicomnode.errors import RegistrationRejectedError
+from dicomnode.errors import RegistrationRejectedError, StudyError
 from dicomnode.findings import keys_of
 from dicomnode.handover import HandOver
 from dicomnode.index import ENDED, Index
-from dicomnode.job_folder import JobFolder
-from dicomnode.model import Product, Verdict
+from dicomnode.job_folder import DRAWINGS, JobFolder
+from dicomnode.model import Instance, Product, Verdict
 from dicomnode.products import Maker
 from dicomnode.registering import judge_pairs, provenance, register
 from dicomnode.rule import Rule
@@ -86,7 +86,27 @@ class Steps:
         in_order = None if is_one_series else in_time(list(first.values()))
         # The volumes of one series are numbered in time.
         order = [of_key[key] for key in (sorted(of_key) if in_order is None else map(key_of, in_order))]
+        for role, key in keys.items() if set(self._rule(job_id).outputs) & set(objects.CARRIED) else ():
+            if role != "fixed":
+                members[DRAWINGS.format(role)] = self._drawings(key[0], members[role])
         self._folder(job_id).write_inputs(members, order)
+
+    def _drawings(
+        self, series_instance_uid: str, members: Sequence[tuple[Instance, tuple[int, ...]]]
+    ) -> list[tuple[Instance, tuple[int, ...]]]:
+        """What is here now that was drawn on a volume; what cannot be read is named in the log and left."""
+        paths, frames = [self._archive.path(each) for each, _ in members], [each for _, each in members]
+        series = objects.SourceSeries.of(volumes.read_headers(paths, frames), {})
+        found: list[tuple[Instance, tuple[int, ...]]] = []
+        for instance in self._index.drawings_near(series_instance_uid):
+            try:
+                (dataset,) = volumes.read_headers([self._archive.path(instance)])
+            except StudyError as error:
+                log.warning("instance %s: drawings in it are not carried over: %s", instance.sop_instance_uid, error)
+                continue
+            if objects.belongs_to(dataset, series):
+                found.append((instance, ()))
+        return found
 
     def registration(self, job_id: str) -> None:
         """Register, and sample each result on the very grid that will be delivered."""

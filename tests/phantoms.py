@@ -93,6 +93,8 @@ def make_series(
         dataset.Rows, dataset.Columns = shape[1:]
         dataset.PixelSpacing = list(spacing_mm[1:])
         dataset.SliceThickness = spacing_mm[0]
+        if modality == "MR":
+            dataset.SpacingBetweenSlices = spacing_mm[0]
         dataset.PatientPosition = position
         directions = affine[:3, :3] / spacing_mm
         dataset.ImageOrientationPatient = [_ds(v) for v in (*directions[:, 2], *directions[:, 1])]
@@ -285,7 +287,6 @@ _MR: dict[str, Any] = {
     "EchoTrainLength": 1,
     "FlipAngle": 10,
     "MagneticFieldStrength": 3,
-    "SpacingBetweenSlices": SPACING_MM[0],
     "BitsStored": 12,
     "HighBit": 11,
     "PixelRepresentation": 0,

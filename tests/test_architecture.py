@@ -65,14 +65,14 @@ MAY_IMPORT = {
         "volumes",
     },
     "job_folder": {"archive", "errors", "model", "objects", "registration_engine", "volumes"},
-    "products": {"job_folder", "model", "objects", "rule", "verdict", "volumes"},
+    "products": {"errors", "job_folder", "model", "objects", "rule", "verdict", "volumes"},
     "registering": {
         "errors", "job_folder", "model", "objects", "quality", "thresholds", "verdict", "volumes",
         "registration_engine",
     },
     "handover": {"archive", "config", "errors", "index", "model", "objects", "rule", "rules"},
     "steps": {
-        "archive", "config", "errors", "findings", "handover", "index", "job_folder", "model", "products",
+        "archive", "config", "errors", "findings", "handover", "index", "job_folder", "model", "objects", "products",
         "registering", "rule", "rules", "scopes", "volumes", "registration_engine",
     },
     "reproduce": {

@@ -197,6 +197,25 @@ class Receiving(Database):
         with self._reading() as connection:
             return [stored_instance(row) for row in connection.execute(query).mappings()]
 
+    def drawings_near(self, series_instance_uid: str) -> list[Instance]:
+        """The patient's stored Segmentations and RT Structure Sets but our own, in order of arrival.
+
+        Which of them belong to the series, their data sets say.
+        """
+        of_patient = sa.select(series.c.patient_id).where(series.c.series_instance_uid == series_instance_uid)
+        query = (
+            sa.select(instance)
+            .join(series, instance.c.series_id == series.c.id)
+            .where(
+                series.c.patient_id.in_(of_patient),
+                series.c.modality.in_(["SEG", "RTSTRUCT"]),
+                series.c.is_own_output.is_(False),
+            )
+            .order_by(instance.c.id)
+        )
+        with self._reading() as connection:
+            return [stored_instance(row) for row in connection.execute(query).mappings()]
+
     def members_of(self, series_instance_uid: str, volume_number: int) -> list[tuple[Instance, tuple[int, ...]]]:
         """The stored instances of one volume, each with its frame numbers (empty: single-frame), as it was judged.
 

@@ -12,7 +12,10 @@ import numpy as np
 from pydicom import Dataset
 from pydicom.config import disable_value_validation
 
+from dicomnode.errors import StudyError
+from dicomnode.objects.carrying import KINDS, Drawing, belongs_to
 from dicomnode.objects.common import DESCRIPTION, Provenance, SourceSeries, Subject
+from dicomnode.objects.contours import carried_structures
 from dicomnode.objects.deformable import SampledField, deformable_registration, sample_grid
 from dicomnode.objects.dynamic import as_phase, description_4d, reference_phase, series_4d_uid
 from dicomnode.objects.invariants import check
@@ -20,6 +23,7 @@ from dicomnode.objects.inverse import inverted
 from dicomnode.objects.maps import QUANTITIES, overlap_segmentation, parametric_map
 from dicomnode.objects.measurement_report import measurement_report
 from dicomnode.objects.rejection import rejection_note
+from dicomnode.objects.segmentations import carried_segmentation
 from dicomnode.objects.series import registered_series
 from dicomnode.objects.spatial import spatial_registration
 from dicomnode.quality import measure
@@ -27,13 +31,15 @@ from dicomnode.volumes import load
 from registration_engine import Registration, Volume
 
 __all__ = [
-    "Provenance", "SampledField", "SourceSeries", "as_phase", "build", "check", "description_4d", "reference_phase",
-    "rejection_note", "sample_grid", "series_4d_uid",
+    "Drawing", "Provenance", "SampledField", "SourceSeries", "as_phase", "belongs_to", "build", "carried", "check",
+    "description_4d", "reference_phase", "rejection_note", "sample_grid", "series_4d_uid",
 ]  # fmt: skip
 
 REPORTS = ("sr",)
 """What tells of a registration without its result: made of a rejected one too."""
 QUALITY = (*REPORTS, *QUANTITIES, "overlap")
+CARRIED = tuple(dict.fromkeys(KINDS.values()))
+"""Outputs that `carried` makes of what was drawn on the moving series."""
 OUTPUTS = ("series", "sro", "sro_affine", "dsr", "dsr-inverse", *QUALITY)
 """What can be asked for. `sro` is the rigid stage, `sro_affine` the whole linear part; `dsr-inverse` leads back."""
 
@@ -97,6 +103,46 @@ def build(
     subject = Subject(fixed, moving, provenance, is_deformable, warning, store_in, description, resolution, rejection)
     wanted = set(outputs) & set(REPORTS) if rejection else set(outputs)
     return _tolerant(_made(subject, moving_volume, registration, sampled, wanted, may_be_multi_frame))
+
+
+def carried(
+    fixed: SourceSeries,
+    moving: SourceSeries,
+    sampled: SampledField,
+    drawing: Drawing,
+    *,
+    provenance: Provenance,
+    warning: str = "",
+    store_in: str = "fixed_study",
+) -> tuple[str, Dataset]:
+    """Carry a Segmentation or RT Structure Set of the moving series to the fixed one.
+
+    Parameters
+    ----------
+    sampled
+        The delivered field: `registered_series` and this go by the same map.
+    drawing
+        One that `belongs_to` the moving series.
+
+    Returns
+    -------
+    tuple[str, Dataset]
+        contours or segmentations, and the data set as `build` has it.
+
+    Raises
+    ------
+    StudyError
+        The drawing cannot be read, has no place in the fixed volume, or is of another patient.
+    """
+    subject = Subject(fixed, moving, provenance, is_deformable=True, warning=warning, store_in=store_in)
+    if (drawing.dataset.get("PatientID") or "") != (moving.first.get("PatientID") or ""):
+        raise StudyError(
+            f"{drawing.output} {drawing.dataset.SOPInstanceUID}: of another patient than the series it names"
+        )
+    make = carried_structures if drawing.output == "contours" else carried_segmentation
+    with disable_value_validation():
+        made = make(subject, sampled.field, drawing)
+        return drawing.output, check(made, subject, also=drawing.dataset)
 
 
 def _made(

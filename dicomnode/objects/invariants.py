@@ -10,6 +10,7 @@ from pydicom import Dataset
 from pydicom.uid import (
     DeformableSpatialRegistrationStorage,
     EnhancedSRStorage,
+    RTStructureSetStorage,
     SecondaryCaptureImageStorage,
     SpatialRegistrationStorage,
 )
@@ -21,6 +22,8 @@ from dicomnode.volumes import SOFTWARE_NAME
 from registration_engine import DisplacementField
 
 _WITHOUT_FRAME_OF_REFERENCE = (EnhancedSRStorage, SecondaryCaptureImageStorage)
+_STUDY_CLASS = "1.2.840.10008.3.1.2.3.1"
+"""Detached Study Management, retired: how an RT Structure Set names a study."""
 _OTHER_STUDIES = ("StudiesContainingOtherReferencedInstancesSequence", "PertinentOtherEvidenceSequence")
 
 
@@ -100,7 +103,11 @@ def _check_references(dataset: Dataset, subject: Subject, also: Dataset | None) 
                 listed[instance.ReferencedSOPInstanceUID] = (uid, item.SeriesInstanceUID)
     for item in items(dataset, "ReferencedSOPInstanceUID"):
         uid = item.ReferencedSOPInstanceUID
-        require(uid in known and listed.get(uid) == known[uid], dataset, f"reference to {uid}")
+        if item.get("ReferencedSOPClassUID") == _STUDY_CLASS:
+            require(uid in {study for study, _ in known.values()}, dataset, f"reference to {uid}")
+            continue
+        is_listed = listed.get(uid) == known.get(uid) or dataset.SOPClassUID == RTStructureSetStorage
+        require(uid in known and is_listed, dataset, f"reference to {uid}")
 
 
 def _pixel_bytes(dataset: Dataset) -> int:

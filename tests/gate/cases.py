@@ -11,12 +11,13 @@ from typing import Any
 
 import multi_frame
 import phantoms
-from hand_made import make_objects, make_registration, make_source
+from drawn import ball, circles, segmentation, structures
+from hand_made import make_objects, make_provenance, make_registration, make_source
 from pydicom import Dataset, dcmread
 from pydicom.dataset import FileDataset
 
 from dicomnode import volumes
-from dicomnode.objects import OUTPUTS, SampledField, sample_grid
+from dicomnode.objects import OUTPUTS, Drawing, SampledField, carried, sample_grid
 from registration_engine import Registration
 
 Case = dict[str, str]
@@ -31,6 +32,8 @@ FACTORS: Mapping[str, Sequence[str]] = {
 }
 FIXED, MOVING = ((10, 26, 30), (10.0, 8.0, 8.0)), ((9, 28, 34), (11.0, 7.5, 7.0))
 """(slices, rows, columns), spacing in mm."""
+BALL_MM, RADIUS_MM = (6.0, -4.0, 5.0), 28.0
+"""What is drawn on the moving series."""
 
 
 def cases() -> list[Case]:
@@ -68,6 +71,7 @@ class Delivered:
     fixed: list[Path]
     moving: list[Path]
     twins: tuple[Path, Path]
+    drawn: list[Path]
     made: dict[str, list[Path]]
     registration: Registration
     sampled: SampledField
@@ -78,7 +82,7 @@ class Delivered:
 
     @property
     def sources(self) -> list[Path]:
-        return [*self.fixed, *self.moving]
+        return [*self.fixed, *self.moving, *self.drawn]
 
     @property
     def objects(self) -> list[Path]:
@@ -130,7 +134,13 @@ def whole(series: list[FileDataset], folder: Path) -> list[Path]:
 
 
 def deliver(
-    folder: Path, fixed: list[Path], moving: list[Path], *, twins: tuple[Path, Path], resolution: str = "fixed"
+    folder: Path,
+    fixed: list[Path],
+    moving: list[Path],
+    *,
+    twins: tuple[Path, Path],
+    resolution: str = "fixed",
+    with_drawings: bool = True,
 ) -> Delivered:
     registration = make_registration(make_source(volumes.read_headers(fixed)).grid)
     sampled = sample_grid(registration)
@@ -148,4 +158,31 @@ def deliver(
         path = folder / ("series" if kind == "series" else "") / f"{kind}{n}.dcm"
         dataset.save_as(path, enforce_file_format=True)
         made.setdefault(kind, []).append(path)
-    return Delivered(folder, fixed, moving, twins, made, registration, sampled, resolution)
+    drawn = draw(moving, folder) if with_drawings else []
+    for path in drawn:
+        drawing = Drawing(dcmread(path), path.stem)
+        kind, dataset = carried(
+            make_source(volumes.read_headers(fixed)),
+            make_source(volumes.read_headers(moving)),
+            sampled,
+            drawing,
+            provenance=make_provenance(),
+        )
+        dataset.save_as(folder / f"{kind}.dcm", enforce_file_format=True)
+        made[kind] = [folder / f"{kind}.dcm"]
+    return Delivered(folder, fixed, moving, twins, drawn, made, registration, sampled, resolution)
+
+
+def draw(moving: list[Path], folder: Path) -> list[Path]:
+    """A ball as contours and as a segment on the moving series."""
+    slices = make_source(volumes.read_headers(moving))
+    instances = [dcmread(path) for path in moving]
+    if len(instances) > 1:
+        instances = list(make_source(volumes.read(moving)).datasets)
+    drawn = {
+        "contours": structures(list(slices.datasets), {"ball": circles(slices.grid, BALL_MM, RADIUS_MM)}),
+        "segments": segmentation(instances, {"ball": ball(slices.grid, BALL_MM, RADIUS_MM)}),
+    }
+    for name, dataset in drawn.items():
+        dataset.save_as(folder / f"drawn-{name}.dcm", enforce_file_format=True)
+    return [folder / f"drawn-{name}.dcm" for name in drawn]

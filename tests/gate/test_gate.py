@@ -12,11 +12,12 @@ from itertools import product
 from pathlib import Path
 
 import counterparts
+import highdicom as hd
 import numpy as np
 import orthanc
 import pytest
 import SimpleITK
-from cases import FACTORS, Case, Delivered, cases, deliver, make_case, pairs_of
+from cases import BALL_MM, FACTORS, RADIUS_MM, Case, Delivered, cases, deliver, make_case, pairs_of
 from hand_made import make_source, rotation, translation
 from pydicom import dcmread
 
@@ -43,7 +44,7 @@ def delivered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         pytest.skip("the real images are not there: shared/data/dicom/siemens-mr-two-positions")
     folders = source / "HFS_t1", source / "HFDL_t1"
     fixed, moving = (sorted(each.glob("*.dcm")) for each in folders)
-    return deliver(folder, fixed, moving, twins=folders)
+    return deliver(folder, fixed, moving, twins=folders, with_drawings=False)
 
 
 @pytest.fixture(scope="session")
@@ -144,6 +145,28 @@ def test_simpleitk_makes_the_same_series_of_the_original_and_the_decoded_field(d
     difference = np.abs(SimpleITK.GetArrayViewFromImage(ours) - SimpleITK.GetArrayViewFromImage(theirs))
     assert (difference <= unit).mean() >= 0.999
     assert np.ptp(SimpleITK.GetArrayViewFromImage(ours)) > 200
+
+
+def test_what_was_drawn_lies_where_the_decoded_field_takes_it(delivered: Delivered) -> None:
+    if not delivered.drawn:
+        pytest.skip("nothing was drawn on these images")
+    field = counterparts.decoded_field(delivered.one("dsr"))
+    fixed = make_source(volumes.read_headers(delivered.fixed)).grid
+
+    def moved_radius(points: np.ndarray) -> np.ndarray:
+        return np.linalg.norm(points + counterparts.displacements_at(field, points) - BALL_MM, axis=1)
+
+    drawn = [c.ContourData for c in delivered.one("contours").ROIContourSequence[0].ContourSequence]
+    outline = np.array([value for each in drawn for value in each], dtype=float).reshape(-1, 3)
+    median, most = np.percentile(np.abs(moved_radius(outline) - RADIUS_MM), (50, 90))
+    assert (median < 1.5, most < 4) == (True, True)  # slices of 11 mm
+    volume = hd.seg.segread(delivered.made["segmentations"][0]).get_volume(segment_numbers=[1])
+    index = np.argwhere(volume.array[..., 0] > 0)
+    inside = index @ np.asarray(volume.affine)[:3, :3].T + np.asarray(volume.affine)[:3, 3]
+    everywhere = fixed.points_mm(np.moveaxis(np.indices(fixed.shape), 0, -1).reshape(-1, 3).astype(float))
+    expected = int((moved_radius(everywhere) <= RADIUS_MM).sum())
+    common = int((moved_radius(inside) <= RADIUS_MM).sum())
+    assert 2 * common / (len(inside) + expected) > 0.85  # of voxels a third of the radius large
 
 
 def test_dcm2niix_gives_the_registered_series_the_fixed_geometry(delivered: Delivered, tmp_path: Path) -> None:
