@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from registration_engine.spaces import (
     world_from_lattice,
     world_from_sampling,
 )
+from registration_engine.structure import noise_floor, self_similarity
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,12 @@ class Level:
             linear_coordinates(lattice.identity, torch.from_numpy(to_moving @ world_from_sampling(fixed.grid))),
             torch.tensor(per_mm, dtype=torch.float32, device=device),
         )
+
+    @cached_property
+    def structure(self) -> tuple[Tensor, float]:
+        """The fixed image's self-similarity, and the noise floor of the moving image under the linear map."""
+        image = self.fixed.image[0]
+        return self_similarity(image, noise_floor(image)), noise_floor(self.warped(torch.zeros_like(self.base))[0])
 
     def warped(self, displacement: Tensor) -> tuple[Tensor, Tensor]:
         """The moving image at the displaced points, (Z, Y, X), and which of its voxels count."""

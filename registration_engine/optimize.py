@@ -24,6 +24,7 @@ from registration_engine.prepare import Prepared
 from registration_engine.presets import SUPPLE, Manner, Preset
 from registration_engine.search import search
 from registration_engine.spaces import Lattice, Matrix
+from registration_engine.structure import likeness
 from registration_engine.volume import Grid
 
 _BETA_FORCE, _BETA_SQUARE = 0.9, 0.99
@@ -35,6 +36,7 @@ _GUARD_EVERY, _GUARD_TRIES = 10, 40
 _MARGIN_MM = 6.0
 _CHOICE_VOXELS, _CHOICE_SHARE = 150_000, 0.3
 _SEARCH_VOXELS = 250_000
+_WORTH = 1.01  # as much more similar must a suppler field be: freedom always finds some likeness
 _CLEARLY = 1.005  # as much more similar must a field be that has passed through low resolution
 
 
@@ -79,7 +81,8 @@ def refine(
 
         trial = _through_levels((displacement, grid), body, moving, moving_from_fixed, choice, preset, tried, part_done)
         score = judge(*trial)
-        if score > best_score:
+        is_suppler = tried.field_smoothing < manner.field_smoothing
+        if score > best_score * (_WORTH if is_suppler else 1):
             best, manner, best_score = trial, tried, score
     rest = levels[last + 1 :]
 
@@ -205,7 +208,7 @@ def _refined(
 def _force(level: Level, displacement: Tensor, preset: Preset, manner: Manner) -> tuple[float, Tensor]:
     """Similarity now, and its ascent direction (3, Z, Y, X) by the displacement of each voxel."""
     warped, weight = level.warped(displacement)
-    fixed = level.fixed.image[0]
+    fixed, spacing = level.fixed.image[0], level.lattice.spacing_mm
     value, slope = 0.0, torch.zeros_like(warped)
     found: list[tuple[float, tuple[float, Tensor]]] = []
     if manner.local_share < 1:
@@ -214,8 +217,18 @@ def _force(level: Level, displacement: Tensor, preset: Preset, manner: Manner) -
         found.append((manner.local_share, local_correlation(fixed, warped, weight, width=preset.window)))
     for share, (term, gradient) in found:
         value += share * term
-        slope += share * gradient / gradient.square().mean().sqrt().clamp(min=1e-20)
-    return value, slope * fields.gradient(warped[None], level.lattice.spacing_mm)
+        slope += share * _of_rms_one(gradient)
+    force = slope * fields.gradient(warped[None], spacing)
+    if manner.structure_share > 0:
+        described, floor = level.structure
+        term, along = likeness(described, warped, weight, floor, spacing)
+        value += term
+        force = torch.lerp(_of_rms_one(force), _of_rms_one(along), manner.structure_share)
+    return value, force
+
+
+def _of_rms_one(tensor: Tensor) -> Tensor:
+    return tensor / tensor.square().mean().sqrt().clamp(min=1e-20)
 
 
 def _is_flat(values: list[float]) -> bool:

@@ -11,27 +11,30 @@ from registration_engine.errors import InvalidRequestError
 
 @dataclass(frozen=True)
 class Manner:
-    """How stiff the field is, and what drives it.
+    """How stiff the field is, and what drives it; each force is divided by its RMS before it is mixed.
 
     Attributes
     ----------
     local_share
-        Weight of local correlation beside mutual information, 0…1, each force divided by its RMS first.
+        Weight of local correlation beside mutual information, 0…1.
+    structure_share
+        Weight of the likeness of self-similarities beside both, 0…1.
     step_smoothing, field_smoothing
         Gaussians on each step and on the whole field, in finest voxel sides of the level.
     """
 
     local_share: float
+    structure_share: float
     step_smoothing: float
     field_smoothing: float
 
 
-SUPPLE = Manner(local_share=0.5, step_smoothing=1.0, field_smoothing=0.6)
-"""For fine folds and changed contrast, such as brains."""
-FIRM = Manner(local_share=0.5, step_smoothing=2.0, field_smoothing=1.3)
-"""For smooth motion between contrasts that differ."""
-STIFF = Manner(local_share=1.0, step_smoothing=2.0, field_smoothing=1.3)
+STIFF = Manner(local_share=1.0, structure_share=0.0, step_smoothing=2.0, field_smoothing=1.3)
 """For wide smooth motion under noise, such as breathing."""
+STRUCTURAL = Manner(local_share=1.0, structure_share=0.5, step_smoothing=2.0, field_smoothing=1.3)
+"""For smooth motion between contrasts that differ."""
+SUPPLE = Manner(local_share=0.5, structure_share=0.0, step_smoothing=1.0, field_smoothing=0.6)
+"""For fine folds of one contrast, such as two brains."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Preset:
         linear registration.
     manners
         Each is tried at low resolution from the same start; the one with the highest normalized mutual information of
-        the images at full resolution goes on.
+        the images at full resolution goes on, but a suppler one only where it is clearly better.
     model
         The network taking part: its prediction is a start of the field, or what is tuned.
     tuning
@@ -91,7 +94,7 @@ class Preset:
     name: str
     voxels: int
     iterations: tuple[int, ...]
-    manners: tuple[Manner, ...] = (SUPPLE, FIRM, STIFF)
+    manners: tuple[Manner, ...] = (STIFF, STRUCTURAL, SUPPLE)
     model: str | None = None
     tuning: Tuning | None = None
     search_mm: float = 7.0
