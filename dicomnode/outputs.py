@@ -16,6 +16,7 @@ ALL_OUTPUTS = (
     "series_4d",
     "dsr-inverse",
     "sr",
+    "sc",
     "pmm",
     "jacobian",
     "displacement",

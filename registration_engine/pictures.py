@@ -7,7 +7,8 @@ with the front up and the patient's left on the right, coronal and sagittal with
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ from registration_engine.volume import Grid
 
 Array = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 Plane = Literal["axial", "coronal", "sagittal"]
+PLANES: Mapping[Plane, int] = {"axial": 0, "coronal": 1, "sagittal": 2}
+"""Which canonical axis is the normal."""
 
 INK, PAPER, FAINT = (235, 235, 235), (18, 18, 20), (90, 90, 96)
 LINES = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167), (240, 228, 66), (213, 94, 0))
@@ -26,6 +29,28 @@ HEAT = ((0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191
 DIVERGING = ((33, 102, 172), (146, 197, 222), (247, 247, 247), (244, 165, 130), (178, 24, 43))
 """Blue below, white at, red above the middle."""
 _LARGEST = 4096  # pixels along a side
+
+
+@dataclass(frozen=True, eq=False)
+class Turned:
+    """The axes of a volume turned foot to head, front to back, right to left.
+
+    Attributes
+    ----------
+    spacing_mm
+        Along each.
+    directions
+        (3, 3), unit vectors in LPS, one row for each; those of an oblique volume lie between the patient's axes.
+    """
+
+    spacing_mm: tuple[float, ...]
+    directions: npt.NDArray[np.float64]
+
+    def letters(self, which: Plane) -> tuple[str, str, str, str]:
+        """Where top, right, bottom and left of a plane point: of A, P, H, F, L, R those that count, strongest first."""
+        head, back, left = self.directions
+        down, right = {"axial": (back, left), "coronal": (-head, left), "sagittal": (-head, back)}[which]
+        return _letters(-down), _letters(right), _letters(down), _letters(-right)
 
 
 def plane(voxels: Array, grid: Grid, which: Plane, *, at: float = 0.5, side: int = 320) -> Array:
@@ -46,17 +71,33 @@ def plane(voxels: Array, grid: Grid, which: Plane, *, at: float = 0.5, side: int
     np.ndarray
         (rows, columns); NaN stays NaN.
     """
-    canonical, spacing = _canonical(voxels, grid)
-    axis = {"axial": 0, "coronal": 1, "sagittal": 2}[which]
-    index = min(max(round(at * (canonical.shape[axis] - 1)), 0), canonical.shape[axis] - 1)
-    cut = np.take(canonical, index, axis=axis)
-    rows_mm, columns_mm = (s for n, s in enumerate(spacing) if n != axis)
+    turned, axes = canonical(voxels, grid)
+    axis = PLANES[which]
+    index = min(max(round(at * (turned.shape[axis] - 1)), 0), turned.shape[axis] - 1)
+    cut = np.take(turned, index, axis=axis)
+    rows_mm, columns_mm = (s for n, s in enumerate(axes.spacing_mm) if n != axis)
     if which != "axial":
         cut = cut[::-1]
     extent = cut.shape[0] * rows_mm, cut.shape[1] * columns_mm
     shape = [max(1, round(side * e / max(extent))) for e in extent]
     at_rows, at_columns = ((np.arange(n) + 0.5) * m / n - 0.5 for n, m in zip(shape, cut.shape, strict=True))
     return _interpolated(np.asarray(cut, dtype=np.float32), at_rows, at_columns)
+
+
+def canonical(voxels: npt.NDArray[Any], grid: Grid) -> tuple[npt.NDArray[Any], Turned]:
+    """A view of the volume with axes foot to head, front to back, right to left of the patient, and what they are."""
+    directions = grid.affine[:3, :3] / grid.spacing_mm
+    # LPS: world axis 2 grows to the head, 1 to the back, 0 to the left.
+    order: list[int] = []
+    for world in (2, 1, 0):
+        strength = np.abs(directions[world]).copy()
+        strength[order] = -1
+        order.append(int(strength.argmax()))
+    signs = [1.0 if directions[world, axis] >= 0 else -1.0 for world, axis in zip((2, 1, 0), order, strict=True)]
+    turned = np.transpose(voxels, order)[tuple(slice(None, None, int(sign)) for sign in signs)]
+    spacing = tuple(float(grid.spacing_mm[axis]) for axis in order)
+    toward = np.stack([sign * directions[:, axis] for sign, axis in zip(signs, order, strict=True)])
+    return turned, Turned(spacing, toward)
 
 
 def gray(cut: Array, window: tuple[float, float]) -> Image.Image:
@@ -84,18 +125,18 @@ def heat_map(
     """A map in colour with its scale on the right; NaN is black."""
     low, high = limits
     share = np.clip((cut - low) / (high - low if high > low else 1.0), 0, 1)
-    picture = Image.fromarray(_colored(share, colors))
+    picture = Image.fromarray(colored(share, colors))
     bar = np.repeat(np.linspace(1, 0, picture.height, dtype=np.float32)[:, None], 12, axis=1)
     sheet_ = Image.new("RGB", (picture.width + 72, picture.height), PAPER)
     sheet_.paste(picture, (0, 0))
-    sheet_.paste(Image.fromarray(_colored(bar, colors)), (picture.width + 6, 0))
+    sheet_.paste(Image.fromarray(colored(bar, colors)), (picture.width + 6, 0))
     draw = ImageDraw.Draw(sheet_)
     for value, y, anchor in (
         (high, 0, "lt"),
         ((low + high) / 2, picture.height // 2, "lm"),
         (low, picture.height, "lb"),
     ):
-        draw.text((picture.width + 22, y), f"{value:.3g} {unit}".strip(), INK, _font(12), anchor)
+        draw.text((picture.width + 22, y), f"{value:.3g} {unit}".strip(), INK, font(12), anchor)
     return sheet_
 
 
@@ -115,10 +156,10 @@ def curves(
     for tick in np.linspace(low, high, 5):
         y = bottom - (tick - low) / (high - low) * (bottom - top)
         draw.line((left, y, right, y), FAINT)
-        draw.text((left - 8, y), f"{tick:.4g}", INK, _font(12), "rm")
+        draw.text((left - 8, y), f"{tick:.4g}", INK, font(12), "rm")
     for phase in range(0, longest, max(1, longest // 10)):
         x = left + phase / max(longest - 1, 1) * (right - left)
-        draw.text((x, bottom + 6), str(phase), INK, _font(12), "mt")
+        draw.text((x, bottom + 6), str(phase), INK, font(12), "mt")
     for n, (name, values) in enumerate(series.items()):
         color = LINES[n % len(LINES)]
         points = [
@@ -131,10 +172,10 @@ def curves(
         for x, y in points:
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), color)
         draw.line((left + 160 * n, 24, left + 160 * n + 18, 24), color, 3)
-        draw.text((left + 160 * n + 24, 24), name, color, _font(13), "lm")
-    draw.text((left, 8), title, INK, _font(13), "lm")
-    draw.text(((left + right) / 2, size[1] - 14), across, INK, _font(12), "mm")
-    draw.text((8, top - 12), up, INK, _font(12), "lm")
+        draw.text((left + 160 * n + 24, 24), name, color, font(13), "lm")
+    draw.text((left, 8), title, INK, font(13), "lm")
+    draw.text(((left + right) / 2, size[1] - 14), across, INK, font(12), "mm")
+    draw.text((8, top - 12), up, INK, font(12), "lm")
     return picture
 
 
@@ -150,7 +191,7 @@ def sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]]) -> Image.Image:
         y = gap + sum(heights[:r])
         for c, (text, picture) in enumerate(row):
             x = gap + sum(widths[:c])
-            draw.text((x, y + caption // 2), text, INK, _font(13), "lm")
+            draw.text((x, y + caption // 2), text, INK, font(13), "lm")
             whole.paste(picture, (x, y + caption))
     whole.thumbnail((_LARGEST, _LARGEST))
     return whole
@@ -163,20 +204,11 @@ def window_of(voxels: Array) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _canonical(voxels: Array, grid: Grid) -> tuple[Array, list[float]]:
-    """The volume with axes foot to head, front to back, right to left (of the patient), and its spacing."""
-    directions = grid.affine[:3, :3] / grid.spacing_mm
-    # LPS: world axis 2 grows to the head, 1 to the back, 0 to the left.
-    order: list[int] = []
-    for world in (2, 1, 0):
-        strength = np.abs(directions[world]).copy()
-        strength[order] = -1
-        order.append(int(strength.argmax()))
-    turned: Array = np.asarray(np.transpose(voxels, order), dtype=np.float32)
-    for axis, world in enumerate((2, 1, 0)):
-        if directions[world, order[axis]] < 0:
-            turned = np.asarray(np.flip(turned, axis), dtype=np.float32)
-    return turned, [float(grid.spacing_mm[n]) for n in order]
+def _letters(direction: npt.NDArray[np.float64]) -> str:
+    """PS3.3 C.7.6.1.1.1: the patient's directions along a vector in LPS."""
+    names = [pair[int(value < 0)] for pair, value in zip(("LR", "PA", "HF"), direction, strict=True)]
+    order = sorted(range(3), key=lambda n: -abs(direction[n]))
+    return "".join(names[n] for n in order if abs(direction[n]) > 0.3)
 
 
 def _interpolated(cut: Array, rows: Array, columns: Array) -> Array:
@@ -199,12 +231,14 @@ def _bytes(cut: Array, window: tuple[float, float]) -> npt.NDArray[np.uint8]:
     return np.asarray(np.nan_to_num(share) * 255, dtype=np.uint8)
 
 
-def _colored(share: Array, colors: Sequence[tuple[int, int, int]]) -> npt.NDArray[np.uint8]:
+def colored(share: Array, colors: Sequence[tuple[int, int, int]]) -> npt.NDArray[np.uint8]:
+    """Values 0…1 (...) in colour (..., 3); NaN is black."""
     stops = np.linspace(0, 1, len(colors))
     known = np.nan_to_num(share).astype(np.float64)
     bands = [np.interp(known, stops, [color[band] for color in colors]) for band in range(3)]
     return np.asarray(np.stack(bands, -1) * np.isfinite(share)[..., None], dtype=np.uint8)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The one typeface of all pictures."""
     return ImageFont.load_default(size)

@@ -24,8 +24,6 @@ from registration_engine.patches import patch_mutual_information
 from registration_engine.resampling import Interpolation, reached, warp
 from registration_engine.volume import DisplacementField, Volume
 
-_PLANES: tuple[pictures.Plane, ...] = ("axial", "coronal", "sagittal")
-
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
@@ -160,7 +158,7 @@ def overlay_sheet(found: Evaluation, *, side: int = 320) -> Image.Image:
     images = (found.fixed.voxels, found.unmoved.voxels, found.registered.voxels)
     windows = pictures.window_of(images[0]), pictures.window_of(images[2])
     rows = []
-    for which in _PLANES:
+    for which in pictures.PLANES:
         fixed, before, after = (pictures.plane(v, grid, which, side=side) for v in images)
         row = [
             (f"fixed, {which}", pictures.gray(fixed, windows[0])),
@@ -183,7 +181,7 @@ def patch_sheet(found: Evaluation, *, side: int = 320) -> Image.Image:
     gain = after - before
     widest = max(float(np.nanpercentile(np.abs(gain), 99.5)) if np.isfinite(gain).any() else 0.0, 1e-3)
     rows = []
-    for which in _PLANES:
+    for which in pictures.PLANES:
         cuts = [pictures.plane(m, found.fixed.grid, which, side=side) for m in (before, after, gain)]
         rows.append(
             [
@@ -203,7 +201,7 @@ def motion_sheet(field: DisplacementField, region: Mask, *, side: int = 320) -> 
     longest = float(lengths[region].max())
     shown = [np.where(region, m, np.float32(np.nan)) for m in (logs, lengths)]
     rows = []
-    for which in _PLANES:
+    for which in pictures.PLANES:
         cuts = [pictures.plane(m, field.grid, which, side=side) for m in shown]
         rows.append(
             [

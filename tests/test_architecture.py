@@ -119,7 +119,7 @@ OWNERS = {
     "re2": {"dicomnode.conditions", "dicomnode.rules"},
     "torch": {"registration_engine"},
     "gdcm": {"dicomnode.volumes"},
-    "PIL": {"dicomnode.demo", "dicomnode.objects.mark", "registration_engine.pictures", "registration_engine.report"},
+    "PIL": {"dicomnode.demo", "dicomnode.objects", "registration_engine.pictures", "registration_engine.report"},
 }
 """Heavy packages and the only rooms that may import them. The workflow shares the index's connections."""
 

@@ -23,6 +23,7 @@ from dicomnode.objects.inverse import inverted
 from dicomnode.objects.maps import QUANTITIES, overlap_segmentation, parametric_map
 from dicomnode.objects.measurement_report import measurement_report
 from dicomnode.objects.rejection import rejection_note
+from dicomnode.objects.secondary_capture import secondary_captures
 from dicomnode.objects.segmentations import carried_segmentation
 from dicomnode.objects.series import registered_series
 from dicomnode.objects.spatial import spatial_registration
@@ -37,7 +38,7 @@ __all__ = [
 
 REPORTS = ("sr",)
 """What tells of a registration without its result: made of a rejected one too."""
-QUALITY = (*REPORTS, *QUANTITIES, "overlap")
+QUALITY = (*REPORTS, "sc", *QUANTITIES, "overlap")
 CARRIED = tuple(dict.fromkeys(KINDS.values()))
 """Outputs that `carried` makes of what was drawn on the moving series."""
 OUTPUTS = ("series", "sro", "sro_affine", "dsr", "dsr-inverse", *QUALITY)
@@ -187,6 +188,8 @@ def _of_quality(
     quality = measure(fixed, moving, registration, sampled.field, grid_error_mm=sampled.max_error_mm)
     if "sr" in outputs:
         yield "sr", measurement_report(subject, quality.figures)
+    for page in secondary_captures(subject, quality) if "sc" in outputs else ():
+        yield "sc", page
     for kind in QUANTITIES:
         if kind in outputs:
             yield kind, parametric_map(subject, kind, quality)

@@ -52,8 +52,9 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         fixed, moving, registration, outputs=objects.QUALITY, warning=WARNING, store_in=store_in,
         provenance=make_provenance(model_sha256="ab" * 32, parameters={"seed": 7, "smoothness": 0.5}),
     ):  # fmt: skip
-        paths[kind] = folder / f"{kind}.dcm"
-        dataset.save_as(paths[kind], enforce_file_format=True)
+        name = kind if kind not in paths else f"{kind} {dataset.InstanceNumber}"
+        paths[name] = folder / f"{name}.dcm"
+        dataset.save_as(paths[name], enforce_file_format=True)
     sampled = sample_grid(registration)
     volume = [volumes.load(series) for series in (fixed, moving)]
     measured = quality.measure(*volume, registration, sampled.field, grid_error_mm=sampled.max_error_mm)
@@ -61,7 +62,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_dciodvfy_finds_no_error_and_dcentvfy_is_silent(made: Made) -> None:
-    assert set(made.paths) == set(objects.QUALITY)
+    assert {name.split()[0] for name in made.paths} == set(objects.QUALITY)
     assert counterparts.dciodvfy_errors(made.paths.values()) <= counterparts.dciodvfy_errors(made.sources)
     assert counterparts.dcentvfy_complaints([*made.sources, *made.paths.values()]) == ""
 
@@ -128,6 +129,23 @@ def test_highdicom_reads_the_overlap_voxel_by_voxel(made: Made) -> None:
     assert 0 < made.measured.overlap.mean() < 1
 
 
+def test_the_pages_are_pictures_of_one_size_in_the_order_of_reading(made: Made) -> None:
+    names = [name for name in made.paths if name.startswith("sc")]
+    read = [dcmread(made.paths[name]) for name in names]
+
+    assert [each.InstanceNumber for each in read] == [1, 2, 3, 4, 5, 6, 7]
+    assert {each.pixel_array.shape for each in read} == {(1024, 1280, 3)}
+    assert len({each.SeriesInstanceUID for each in read}) == 1
+    assert len({each.PixelData for each in read}) == 7
+    assert read[0].ImageComments == "Figures"
+    assert [str(each.ImageComments).split()[0] for each in read[1:]] == ["Axial", "Coronal", "Sagittal"] * 2
+    assert "slice" in str(read[1].DerivationDescription)
+    for each in read:
+        pixels = each.pixel_array.reshape(-1, 3)
+        assert len(np.unique(pixels[::7], axis=0)) > 20  # something is drawn
+        assert each.BurnedInAnnotation == "NO"
+
+
 def test_all_say_who_made_them_where_they_belong_and_what_they_are_about(made: Made) -> None:
     home = made.moving[0] if "stored" in str(made.paths["sr"]) else None
     read = [dcmread(path) for path in made.paths.values()]
@@ -139,7 +157,8 @@ def test_all_say_who_made_them_where_they_belong_and_what_they_are_about(made: M
         (equipment,) = dataset.ContributingEquipmentSequence
         assert "rule liver version 3" in equipment.ContributionDescription
         assert dataset.PatientName == "Phantom^Pat"
-    assert len({d.SeriesInstanceUID for d in read}) == len({d.SeriesNumber for d in read}) == len(read)
+    series = {d.SeriesInstanceUID for d in read}
+    assert len(series) == len({d.SeriesNumber for d in read}) == len(objects.QUALITY)
 
 
 def test_a_rejected_registration_has_a_report_and_nothing_else() -> None:
