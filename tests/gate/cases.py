@@ -18,6 +18,7 @@ from pydicom.dataset import FileDataset
 
 from dicomnode import volumes
 from dicomnode.objects import OUTPUTS, Drawing, SampledField, carried, sample_grid
+from dicomnode.objects.planes import RESOLUTIONS
 from registration_engine import Registration
 
 Case = dict[str, str]
@@ -28,7 +29,7 @@ FACTORS: Mapping[str, Sequence[str]] = {
     "frame": ("one frame", "two frames"),
     "study": ("one study", "two studies"),
     "form": ("single-frame", "Enhanced"),
-    "resolution": ("fixed", "moving"),
+    "resolution": RESOLUTIONS,
 }
 FIXED, MOVING = ((10, 26, 30), (10.0, 8.0, 8.0)), ((9, 28, 34), (11.0, 7.5, 7.0))
 """(slices, rows, columns), spacing in mm."""
@@ -146,6 +147,7 @@ def deliver(
     sampled = sample_grid(registration)
     made: dict[str, list[Path]] = {}
     (folder / "series").mkdir()
+    made_by = make_provenance(rule_version=3 + RESOLUTIONS.index(resolution))  # another rule gives other UIDs
     everything = make_objects(
         volumes.read(fixed),
         volumes.read(moving),
@@ -153,6 +155,7 @@ def deliver(
         sampled=sampled,
         outputs=OUTPUTS,
         resolution=resolution,
+        provenance=made_by,
     )
     for n, (kind, dataset) in enumerate(everything):
         path = folder / ("series" if kind == "series" else "") / f"{kind}{n}.dcm"
@@ -166,7 +169,7 @@ def deliver(
             make_source(volumes.read_headers(moving)),
             sampled,
             drawing,
-            provenance=make_provenance(),
+            provenance=made_by,
         )
         dataset.save_as(folder / f"{kind}.dcm", enforce_file_format=True)
         made[kind] = [folder / f"{kind}.dcm"]
