@@ -79,7 +79,7 @@ def frames_of(dataset: Dataset) -> list[Dataset]:
         Number of Frames and the functional groups disagree.
     """
     with disable_value_validation():
-        if dataset.get("SOPClassUID") not in SINGLE_FRAME_CLASS:
+        if str(dataset.get("SOPClassUID")) not in SINGLE_FRAME_CLASS:  # hostile bytes may make it several values
             return [dataset]
         per_frame = list(dataset.get("PerFrameFunctionalGroupsSequence") or [])
         shared = list(dataset.get("SharedFunctionalGroupsSequence") or [])

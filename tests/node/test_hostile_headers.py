@@ -6,7 +6,7 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from io import BytesIO
@@ -93,10 +93,11 @@ def spliced(content: bytes, rng: random.Random) -> bytes:
 
 @pytest.mark.parametrize("kind", ["single", "enhanced", "compressed"])
 @pytest.mark.parametrize("mutate", [flipped, cut, spliced])
-def test_mutated_bytes_are_read_or_refused(kind: str, mutate: object, tmp_path: Path) -> None:
-    rng = random.Random(f"{kind} {mutate}")
+def test_mutated_bytes_are_read_or_refused(
+    kind: str, mutate: Callable[[bytes, random.Random], bytes], tmp_path: Path
+) -> None:
+    rng = random.Random(f"{kind} {mutate.__name__}")
     contents = originals(kind)
-    assert callable(mutate)
     for n in range(MUTANTS):
         paths = []
         victim = rng.randrange(len(contents))
@@ -134,3 +135,13 @@ def test_absurd_values_are_read_or_refused(kind: str, tmp_path: Path) -> None:
 
                 assert "PHANTOM" not in digest(paths)
     assert written > 2 * MUTANTS
+
+
+@pytest.mark.parametrize("kind", ["single", "enhanced"])
+def test_an_identifier_of_several_values_is_read_or_refused(kind: str, tmp_path: Path) -> None:
+    dataset = dcmread(BytesIO(originals(kind)[0]))
+    dataset.SOPClassUID = [dataset.SOPClassUID, "1.2"]
+    path = tmp_path / "one.dcm"
+    path.write_bytes(_bytes(dataset))
+
+    assert digest([path])
