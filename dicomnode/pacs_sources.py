@@ -10,10 +10,12 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, timedelta
+from http.client import HTTPException, HTTPResponse
 from io import BytesIO
 from typing import Any
 
@@ -36,14 +38,20 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made at impo
     StudyRootQueryRetrieveInformationModelGet,
     StudyRootQueryRetrieveInformationModelMove,
 )
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
 
 from dicomnode.errors import LocalError, RefusedError, RemoteError
 from dicomnode.index import PriorFetch
 from dicomnode.model import Source
 from dicomnode.part10 import NotDicomError, read_head
 
-Store = Callable[[Source, Iterator[tuple[str, str, str, bytes]]], None]
-"""Keeps instances: SOP class, SOP instance, transfer syntax, data set bytes."""
+Store = Callable[[str, str, str, bytes], None]
+"""Keeps one instance: SOP class, SOP instance, transfer syntax, data set bytes. LocalError where it cannot."""
+
+_LARGEST_JSON_BYTES = 64 << 20
+_LARGEST_PART_BYTES = 2 << 30
+_CHUNK_BYTES = 1 << 20
 
 _IMAGES = (
     CTImageStorage, MRImageStorage, PositronEmissionTomographyImageStorage,
@@ -173,9 +181,8 @@ class DimseClient(Client):
             syntax = str(event.context.transfer_syntax)
             request: Any = event.request
             data = request.DataSet.getvalue()
-            one = (str(request.AffectedSOPClassUID), str(request.AffectedSOPInstanceUID), syntax, data)
             try:
-                self.store(self.source, iter([one]))
+                self.store(str(request.AffectedSOPClassUID), str(request.AffectedSOPInstanceUID), syntax, data)
             except LocalError as error:
                 trouble.append(error)
                 return 0xA700
@@ -271,45 +278,74 @@ class DicomWebClient(Client):
     def fetch(self, series: RemoteSeries) -> None:
         """Retrieve one series."""
         where = f"/studies/{series.study_instance_uid}/series/{series.series_instance_uid}"
-        kind, body = self._get(where, 'multipart/related; type="application/dicom"; transfer-syntax=*')
-        self.store(self.source, (_part10(part) for part in multipart(kind, body)))
+        with self._answer(where, 'multipart/related; type="application/dicom"; transfer-syntax=*') as answer:
+            chunks = iter(lambda: answer.read(_CHUNK_BYTES), b"")
+            for part in multipart(str(answer.headers.get("Content-Type") or ""), chunks):
+                self.store(*_part10(part))
 
     def _search(self, where: str) -> list[dict[str, Any]]:
-        _, body = self._get(where, "application/dicom+json")
+        with self._answer(where, "application/dicom+json") as answer:
+            body = answer.read(_LARGEST_JSON_BYTES + 1)
         if not body:
             return []
+        if len(body) > _LARGEST_JSON_BYTES:
+            raise RemoteError(f"{self.source.name}: an answer of more than {_LARGEST_JSON_BYTES} bytes")
         try:
             found = json.loads(body)
         except ValueError:
             raise RemoteError(f"{self.source.name}: its answer is no JSON") from None
         return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
-    def _get(self, where: str, accept: str) -> tuple[str, bytes]:
+    @contextmanager
+    def _answer(self, where: str, accept: str) -> Iterator[HTTPResponse]:
+        """The answer to a request, to be read within."""
         request = urllib.request.Request(self.source.url + where, headers={"Accept": accept})  # noqa: S310 - http(s), checked in the configuration
         try:
             with urllib.request.urlopen(request, timeout=self.source.timeout_s) as answer:  # noqa: S310 - the same
-                return str(answer.headers.get("Content-Type") or ""), bytes(answer.read())
+                yield answer
         except urllib.error.HTTPError as error:
             refused = error.code in (400, 401, 403, 406)
             raise (RefusedError if refused else RemoteError)(f"{self.source.name}: HTTP {error.code}") from error
-        except (OSError, ValueError) as error:
+        except (OSError, HTTPException, ValueError) as error:
             raise RemoteError(f"{self.source.name}: {type(error).__name__}") from error
 
 
-def multipart(content_type: str, body: bytes) -> list[bytes]:
-    """The parts of a multipart/related body, without their headers (RFC 2046 5.1).
+def multipart(content_type: str, chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The parts of a multipart/related body, without their headers, each as soon as it is whole (RFC 2046 5.1).
 
     Raises
     ------
     RemoteError
-        It names no boundary or does not end with it.
+        It names no boundary, is not well formed, or does not end with the boundary.
     """
-    fields = dict(field.strip().split("=", 1) for field in content_type.split(";")[1:] if "=" in field)
-    boundary = fields.get("boundary", "").strip('"').encode()
-    if not boundary or b"--" + boundary + b"--" not in body:
-        raise RemoteError("the answer is no complete multipart body")
-    parts = (b"\r\n" + body).split(b"\r\n--" + boundary)[1:]
-    return [part.split(b"\r\n\r\n", 1)[1] for part in parts if not part.startswith(b"--") and b"\r\n\r\n" in part]
+    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    if not boundary:
+        raise RemoteError("the answer names no boundary of multipart/related")
+    part, whole, ended = bytearray(), deque[bytes](), False
+
+    def add(data: bytes, start: int, end: int) -> None:
+        part.extend(memoryview(data)[start:end])
+        if len(part) > _LARGEST_PART_BYTES:
+            raise RemoteError(f"a part of the answer has more than {_LARGEST_PART_BYTES} bytes")
+
+    def end() -> None:
+        nonlocal ended
+        ended = True
+
+    steps: Any = {
+        "on_part_begin": part.clear, "on_part_data": add, "on_part_end": lambda: whole.append(bytes(part)),
+        "on_end": end,
+    }  # fmt: skip
+    try:
+        parser = MultipartParser(boundary, steps)
+        for chunk in chunks:
+            parser.write(chunk)
+            while whole:
+                yield whole.popleft()
+    except FormParserError as error:
+        raise RemoteError(f"the answer is no multipart body: {error}") from None
+    if not ended:
+        raise RemoteError("the answer ended without its closing boundary")
 
 
 def _part10(data: bytes) -> tuple[str, str, str, bytes]:

@@ -2,6 +2,7 @@
 
 Law: only what the index was asked to fetch is fetched, only what is not here, never more than is allowed; every
 request is noted before it is sent, so that what comes of it is known for what it is; whose it is is checked again.
+What comes goes by the path of every door: stored first, read later, by the indexer.
 """
 
 from __future__ import annotations
@@ -10,16 +11,15 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
-import pydicom
-
-from dicomnode.archive import Archive
+from dicomnode import spool
 from dicomnode.errors import NodeError, RefusedError, RemoteError, stack
 from dicomnode.index import Index, PriorFetch
+from dicomnode.intake import DuplicateError, Intake
 from dicomnode.model import RetrievedBy, Source
-from dicomnode.pacs_sources import Client, RemoteSeries, client_of
-from dicomnode.volumes import instance_header
+from dicomnode.pacs_sources import Client, RemoteSeries, Store, client_of
 
 log = logging.getLogger(__name__)
 
@@ -34,16 +34,16 @@ class PriorService:
 
     Parameters
     ----------
-    sources, index, archive
+    sources, index, intake
         Whom to ask, where requests stand, where images go.
     ae_title
         Ours; C-MOVE sends to it, so the source must know it with our host and port.
     """
 
-    def __init__(self, sources: Sequence[Source], index: Index, archive: Archive, *, ae_title: str) -> None:
+    def __init__(self, sources: Sequence[Source], index: Index, intake: Intake, *, ae_title: str) -> None:
         self._sources = {source.name: source for source in sources}
         self._index = index
-        self._archive = archive
+        self._intake = intake
         self._ae_title = ae_title
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="priors", daemon=True)
@@ -83,16 +83,24 @@ class PriorService:
             self._index.end_fetch(fetch.id, "waiting", f"waits for the hours of {source.name}", next_attempt_at=begins)
             return
         try:
-            reason = self._fetch(fetch, client_of(source, self._ae_title, self._store))
+            with self._storing(source) as store:
+                reason = self._fetch(fetch, client_of(source, self._ae_title, store))
+            self._intake.flush()  # done means that the index knows all of it, and that no more comes
             self._index.end_fetch(fetch.id, "done", reason, next_attempt_at=now)
             log.info("priors for study %s from %s: %s", fetch.study_instance_uid, source.name, reason)
         except NodeError as error:
-            final = not error.retry or fetch.attempts + 1 >= MAX_ATTEMPTS
-            pause = timedelta(seconds=min(FIRST_PAUSE_S * 2**fetch.attempts, LONGEST_PAUSE_S))
-            log.warning("priors for study %s: %s", fetch.study_instance_uid, error)
-            self._index.end_fetch(
-                fetch.id, "failed" if final else "waiting", str(error), next_attempt_at=datetime.now(UTC) + pause
-            )
+            self._failed(fetch, str(error), retry=error.retry)
+        except Exception as error:  # a stranger's answer: an attempt like any other, or it would be tried for ever
+            log.error("priors from %s: %s\n%s", source.name, type(error).__name__, stack(error))
+            self._failed(fetch, f"{source.name}: its answer cannot be used: {type(error).__name__}", retry=True)
+
+    def _failed(self, fetch: PriorFetch, reason: str, *, retry: bool) -> None:
+        final = not retry or fetch.attempts + 1 >= MAX_ATTEMPTS
+        pause = timedelta(seconds=min(FIRST_PAUSE_S * 2**fetch.attempts, LONGEST_PAUSE_S))
+        log.warning("priors for study %s: %s", fetch.study_instance_uid, reason)
+        self._index.end_fetch(
+            fetch.id, "failed" if final else "waiting", reason, next_attempt_at=datetime.now(UTC) + pause
+        )
 
     def _fetch(self, fetch: PriorFetch, client: Client) -> str:
         """Find and fetch; what came of it."""
@@ -124,11 +132,14 @@ class PriorService:
     def _check(self, fetch: PriorFetch, wanted: Sequence[RemoteSeries]) -> None:
         """Everything asked for came, and of whom it was asked for. What was received is indexed a little later."""
         uids = [each.series_instance_uid for each in wanted]
-        expected, until = sum(each.instances for each in wanted), time.monotonic() + _INDEXED_WITHIN_S
-        held = self._index.held_instances(uids)
-        while sum(count for _, count in held.values()) < expected and time.monotonic() < until:
-            self._stopping.wait(0.2)
+        expected, here, until = sum(each.instances for each in wanted), -1, 0.0
+        while True:
             held = self._index.held_instances(uids)
+            former, here = here, sum(count for _, count in held.values())
+            if here > former:
+                until = time.monotonic() + _INDEXED_WITHIN_S
+            if here >= expected or time.monotonic() > until or self._stopping.wait(0.2):
+                break
         for each in wanted:
             person, count = held.get(each.series_instance_uid, (fetch.patient, 0))
             if person != fetch.patient:
@@ -136,30 +147,31 @@ class PriorService:
             if count < max(each.instances, 1):
                 raise RemoteError(f"series {each.series_instance_uid}: {count} of {each.instances} instances came")
 
-    def _store(self, source: Source, instances: Iterator[tuple[str, str, str, bytes]]) -> None:
-        """Keep and index instances of one answer: SOP class, SOP instance, transfer syntax, data set bytes."""
-        association_id = self._index.open_association(
-            calling_ae_title=source.ae_title, called_ae_title=self._ae_title, address=source.host, now=datetime.now(UTC)
-        )
+    @contextmanager
+    def _storing(self, source: Source) -> Iterator[Store]:
+        """What keeps the instances of one attempt that come on our own association; success only once they are safe."""
+        sender = spool.Source.new(source.ae_title, self._ae_title, source.host)
+        opened_at, stored = self._intake.clock(), 0
+
+        def store(sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str, data: bytes) -> None:
+            nonlocal stored
+            reception = self._intake.begin(
+                sop_class_uid=sop_class_uid,
+                sop_instance_uid=sop_instance_uid,
+                transfer_syntax_uid=transfer_syntax_uid,
+            )
+            try:
+                reception.write(data)
+                self._intake.keep(reception, sender, opened_at, retrieved_by=RetrievedBy.NODE)
+                stored += 1
+            except DuplicateError as error:  # the policy is to keep the first, and the first is here
+                log.warning("from %s: %s", source.name, error)
+            finally:
+                reception.discard()
+
+        outcome = "broken off"
         try:
-            for sop_class_uid, sop_instance_uid, transfer_syntax_uid, data in instances:
-                incoming = self._archive.receive(
-                    sop_class_uid=sop_class_uid,
-                    sop_instance_uid=sop_instance_uid,
-                    transfer_syntax_uid=transfer_syntax_uid,
-                )
-                try:
-                    incoming.write(data)
-                    stored = self._archive.keep(incoming)
-                finally:
-                    incoming.discard()
-                header = instance_header(pydicom.dcmread(self._archive.path(stored), stop_before_pixels=True))
-                self._index.add_instance(
-                    stored,
-                    header,
-                    association_id=association_id,
-                    retrieved_by=RetrievedBy.NODE,
-                    now=datetime.now(UTC),
-                )
+            yield store
+            outcome = "fetched"
         finally:
-            self._index.close_association(association_id, now=datetime.now(UTC))
+            self._intake.ended(sender, opened_at, outcome=outcome, stored=stored, refused=0)

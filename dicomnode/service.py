@@ -88,7 +88,7 @@ def serve(config: Config, config_path: Path | None, stop: threading.Event) -> No
         *_listeners(config, peers, intake, commitment),
         *_web_servers(config, peers, intake),
     ]
-    priors = PriorService(config.sources, index, archive, ae_title=config.node.ae_title)
+    priors = PriorService(config.sources, index, intake, ae_title=config.node.ae_title)
     try:
         intake.start()
         for child in children:

@@ -81,7 +81,7 @@ MAY_IMPORT = {
     "workflow": {"errors", "index", "model"},
     "pacs_sources": {"errors", "index", "model", "part10"},
     "counts": {"errors", "model", "pacs_sources"},
-    "retrieve": {"archive", "errors", "index", "model", "pacs_sources", "volumes"},
+    "retrieve": {"errors", "index", "intake", "model", "pacs_sources", "spool"},
     "schedule": {"document"},
     "service": {
         "archive", "commitment", "config", "counts", "delivery", "errors", "index", "intake", "listener", "model",
@@ -111,7 +111,7 @@ OWNERS = {
     "sqlalchemy": {"dicomnode.index.tables", "dicomnode.index", "dicomnode.migrations", "dicomnode.workflow"},
     "fastapi": {"dicomnode.web"},
     "uvicorn": {"dicomnode.web"},
-    "python_multipart": {"dicomnode.stow"},
+    "python_multipart": {"dicomnode.pacs_sources", "dicomnode.stow"},
     "alembic": {"dicomnode.index"},
     "dbos": {"dicomnode.workflow"},
     "pynetdicom": {"dicomnode.commitment", "dicomnode.pacs_sources", "dicomnode.demo"},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from orthanc import DICOMWEB, Orthanc
 from pydicom.uid import CTImageStorage, EnhancedMRImageStorage, MRImageStorage, RLELossless
 from pydicom.uid import PositronEmissionTomographyImageStorage as PETImageStorage
 from raw_scu import CT, EXPLICIT, RawSCU, c_store_rq, p_data
-from running_node import free_port
+from running_node import free_port, wait_for
 
 from dicomnode.archive import Archive
 from dicomnode.errors import RemoteError
@@ -64,13 +66,33 @@ def new_mr() -> list[Any]:
     return phantoms.make_series(modality="MR", study="new", patient_id="P", header={"StudyDate": "20260301"}, **SMALL)
 
 
-def ask(held: Held, source: Source, study: str) -> PriorService:
+def ask(held: Held, source: Source, study: str, intake: Intake | None = None) -> PriorService:
     request = {
         "study_date": date(2026, 3, 1).isoformat(), "max_age_days": 180, "max_studies": 3, "modalities": ["CT"],
         "description": "", "urgent": False,
     }  # fmt: skip
     held.index.request_priors(("P", ""), study, "to-prior", [source.name], request, now=datetime.now(UTC))
-    return PriorService([source], held.index, held.archive, ae_title="DICOMNODE")
+    return PriorService([source], held.index, intake or Intake(held.archive, held.index), ae_title="DICOMNODE")
+
+
+@pytest.fixture
+def intake(held: Held) -> Iterator[Intake]:
+    """Of `held`, with what comes read as it comes, as the indexer's process does."""
+    made, stopping = Intake(held.archive, held.index), threading.Event()
+    indexer = Indexer(held.index, held.archive, instance_header)
+
+    def read() -> None:
+        while not stopping.wait(0.05):
+            while indexer.run_once():
+                pass
+
+    thread = threading.Thread(target=read)
+    made.start()
+    thread.start()
+    yield made
+    stopping.set()
+    thread.join()
+    made.stop()
 
 
 @pytest.fixture
@@ -83,7 +105,7 @@ def pacs(tmp_path: Path) -> Iterator[Orthanc]:
 @needs_orthanc
 @pytest.mark.parametrize("fetch", ["c-get", "dicomweb"])
 def test_what_was_fetched_starts_nothing_and_becomes_current_once_when_a_scanner_sends_it(
-    held: Held, pacs: Orthanc, tmp_path: Path, fetch: str
+    held: Held, intake: Intake, pacs: Orthanc, tmp_path: Path, fetch: str
 ) -> None:
     if fetch == "dicomweb" and not DICOMWEB.exists():
         pytest.skip("Orthanc's DICOMweb plugin is not installed (Debian package orthanc-dicomweb)")
@@ -94,7 +116,7 @@ def test_what_was_fetched_starts_nothing_and_becomes_current_once_when_a_scanner
     source = Source(
         "pacs", "ORTHANC", "127.0.0.1", pacs.port, fetch, url=f"http://127.0.0.1:{pacs.http_port}/dicom-web"
     )
-    service = ask(held, source, str(current[0].StudyInstanceUID))
+    service = ask(held, source, str(current[0].StudyInstanceUID), intake)
 
     service.fetch_due(datetime.now(UTC))
     held.tick()
@@ -112,12 +134,10 @@ def test_what_was_fetched_starts_nothing_and_becomes_current_once_when_a_scanner
 
 @needs_orthanc
 @pytest.mark.parametrize("fetch", ["c-get", "c-move"])
-def test_every_class_that_is_read_comes_from_orthanc(tmp_path: Path, held: Held, fetch: str) -> None:
+def test_every_class_that_is_read_comes_from_orthanc(tmp_path: Path, held: Held, intake: Intake, fetch: str) -> None:
     """By C-GET, and by C-MOVE with Orthanc as the Storage SCU."""
     port = free_port()
     pacs = Orthanc(tmp_path / "pacs", modalities={"NODE": ["DICOMNODE", "127.0.0.1", port]})
-    intake = Intake(held.archive, held.index)
-    indexer = Indexer(held.index, held.archive, instance_header)
     listener = Listener("127.0.0.1", port, intake, access=Access())
     sent = prior_of_every_class()
     source = Source("pacs", "ORTHANC", "127.0.0.1", pacs.port, fetch)
@@ -125,16 +145,15 @@ def test_every_class_that_is_read_comes_from_orthanc(tmp_path: Path, held: Held,
         for path in phantoms.write_series(sent, tmp_path / "images"):
             pacs.upload(path)
         listener.start()
-        client = client_of(source, "DICOMNODE", ask(held, source, "1.2.3")._store)
-        for each in client.series(str(sent[0].StudyInstanceUID)):
-            client.fetch(each)
+        with ask(held, source, "1.2.3", intake)._storing(source) as store:
+            client = client_of(source, "DICOMNODE", store)
+            for each in client.series(str(sent[0].StudyInstanceUID)):
+                client.fetch(each)
     finally:
         listener.stop()
-        intake.flush()
-        intake.stop()
         pacs.stop()
-    while indexer.run_once():
-        pass
+    intake.flush()
+    wait_for(lambda: len(held.index.status()["series"]) == len(sent), timeout_s=20, what="the index")
 
     assert {str(each.SOPClassUID) for each in sent} == {*SINGLE_FRAME_CLASS, *SINGLE_FRAME_CLASS.values()}
     for each in sent:
@@ -300,14 +319,74 @@ def test_the_move_originator_of_a_request_is_kept_with_the_instance(
         ("multipart/related; boundary=b", b""),
         ("multipart/related; boundary=b", b"--b\r\n\r\nhalf"),
         ("multipart/related", b"--b\r\n\r\nx\r\n--b--"),
+        (f"multipart/related; boundary={'b' * 300}", b"--" + b"b" * 300 + b"--"),
+        ("multipart/related; boundary=b", b"--b\r\n" + b"x" * 100_000),
     ],
 )
 def test_an_answer_that_is_no_whole_multipart_body_is_trouble(kind: str, body: bytes) -> None:
     with pytest.raises(RemoteError):
-        multipart(kind, body)
+        list(multipart(kind, [body]))
 
 
-def test_the_parts_of_a_multipart_body_come_byte_for_byte() -> None:
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_the_parts_of_a_multipart_body_come_byte_for_byte(size: int) -> None:
     body = b"--b\r\nContent-Type: application/dicom\r\n\r\n\x00\r\n--x\r\n--b\r\n\r\n\xff\r\n\r\n--b--\r\n"
+    chunks = [body[at : at + size] for at in range(0, len(body), size)]
 
-    assert multipart('multipart/related; type="application/dicom"; boundary="b"', body) == [b"\x00\r\n--x", b"\xff\r\n"]
+    found = list(multipart('multipart/related; type="application/dicom"; boundary="b"', chunks))
+
+    assert found == [b"\x00\r\n--x", b"\xff\r\n"]
+
+
+def test_what_came_before_an_answer_broke_off_is_handed_over() -> None:
+    parts = multipart("multipart/related; boundary=b", [b"--b\r\n\r\nfirst\r\n--b\r\n\r\nsec", b"ond"])
+
+    assert next(parts) == b"first"
+    with pytest.raises(RemoteError):
+        next(parts)
+
+
+class Door(BaseHTTPRequestHandler):
+    """A DICOMweb server that answers everything with `answer`."""
+
+    answer = b""
+
+    def do_GET(self) -> None:
+        """Answer."""
+        self.send_response(200)
+        self.send_header("Content-Type", "application/dicom+json")
+        self.end_headers()
+        self.wfile.write(self.answer)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b'[{"0020000D": 7, "00100020": {"Value": ["P"]}}]',
+        b'[{"0020000D": {"Value": {"a": 1}}, "00100020": {"Value": ["P"]}}]',
+        b"\xff",
+        b"{",
+        b"[" * 9,
+    ],
+)
+def test_an_answer_that_makes_no_sense_is_one_attempt_like_any_other(held: Held, answer: bytes) -> None:
+    server = HTTPServer(("127.0.0.1", 0), type("Strange", (Door,), {"answer": answer}))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        current = new_mr()
+        held.receive(current)
+        source = Source("pacs", "", "127.0.0.1", 0, "dicomweb", url=f"http://127.0.0.1:{server.server_port}")
+        service = ask(held, source, str(current[0].StudyInstanceUID))
+        service.fetch_due(datetime.now(UTC))
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+    (row,) = held.index.status()["priors"]
+    assert (row["state"], row["attempts"]) == ("waiting", 1)
+    assert row["reason"].startswith("pacs: its answer")
