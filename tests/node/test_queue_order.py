@@ -15,7 +15,7 @@ from dicomnode import rules, workflow
 from dicomnode.model import Pair
 
 WORKER = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from dicomnode.index import Index
 from dicomnode.workflow import Worker
@@ -29,6 +29,7 @@ worker.start()
 while not began.exists() or len(began.read_text().split()) < count:
     time.sleep(0.05)
 worker.stop()
+os._exit(0)  # as the command does: a job between two steps waits for ever, and would keep the process
 """
 NOW = datetime.now(UTC)
 
