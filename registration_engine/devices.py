@@ -30,6 +30,14 @@ def device_named(name: str) -> torch.device:
     return device
 
 
+def autocast_type(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the device multiplies it in hardware: accelerators, and processors with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.bfloat16
+    able = torch.cpu.get_capabilities()
+    return torch.bfloat16 if able.get("amx_bf16") or able.get("avx512_bf16") else None
+
+
 def describe_device(name: str) -> str:
     """What decides the last bits of a result: the accelerator's model, or the processor's vector unit and threads."""
     device = device_named(name)

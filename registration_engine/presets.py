@@ -50,7 +50,7 @@ class Tuning:
     stops_early
         End where ten epochs gained less than a thousandth.
     bf16
-        Run the network in bfloat16 on a GPU; fields and losses stay float32.
+        Run the network in bfloat16 where the device has it in hardware; fields and losses stay float32.
     """
 
     learning_rate: float

@@ -1,9 +1,8 @@
 """Teach a network on synthetic pairs: the paper's stage 1, and the loop that stage 2 (`distill`) shares.
 
 A run lives in one folder: `state.safetensors` (weights, optimiser, step), `log.csv`, `validation.csv`,
-`validation-real.csv`. It can be killed
-at any moment and started again by the same command: pair n is a function of the seed and n, so the resumed run is the
-uninterrupted one, bit for bit on a CPU.
+`validation-real.csv`, `tensorboard/`. It can be killed at any moment and started again by the same command: pair n is a
+function of the seed and n, so the resumed run is the uninterrupted one, bit for bit on a CPU.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from registration_engine.checkpoint import TrainingState, restore_state, save_state
+from registration_engine.devices import autocast_type
 from registration_engine.errors import DivergedError
 from registration_engine.objectives import multi_axis_mutual_information, smoothness
 from registration_engine.synth import SyntheticPair, synthetic_pair
@@ -103,10 +103,11 @@ def run(
     report(f"{config.model}: step {state.step} of {config.steps}, {config.shape} voxels, {device}")
     real = real_pairs(config, device, report)
     step, elapsed, pair = state.step, 0.0, None
-    with TrainingLog(config.out, resumed_at=state.step, tensorboard=config.tensorboard) as log:
+    with TrainingLog(config.out, resumed_at=state.step) as log:
         while step < config.steps and (time_limit_s is None or elapsed < time_limit_s):
             if pair is None or step % config.steps_per_pair == 0:
                 pair = synthetic_pair(config.seed, step // config.steps_per_pair, config.shape, device)
+            optimizer.param_groups[0]["lr"] = config.learning_rate_at(step)
             terms = _step(model, optimizer, objective, pair)
             step += 1
             elapsed = time.monotonic() - started
@@ -127,10 +128,8 @@ def run(
 
 def _restored(config: TrainingConfig, device: torch.device) -> tuple[UNet, torch.optim.Adam, TrainingState]:
     torch.manual_seed(config.seed)
-    on_gpu = device.type == "cuda"
-    model = UNet(
-        ARCHITECTURES[config.model], channels_last=True, autocast=torch.bfloat16 if on_gpu and config.bf16 else None
-    ).to(device)
+    autocast = autocast_type(device) if config.bf16 else None
+    model = UNet(ARCHITECTURES[config.model], channels_last=True, autocast=autocast).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     path = config.out / STATE
     if not path.exists():

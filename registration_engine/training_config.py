@@ -31,16 +31,16 @@ class TrainingConfig:
     steps_per_pair
         Steps of Adam on each pair before the next. The paper takes one; more of them exercise what test-time
         optimisation does, which pays where few steps can be afforded.
+    learning_rate, halve_every
+        Of Adam, and the steps in which it falls to half, evenly; 0 keeps it, as in the paper.
     lambda_sim, lambda_smooth, lambda_dist
         Weights of the paper's loss terms; lambda_dist belongs to distillation.
     lambda_truth
         Weight of the squared distance to the known displacement; the paper has no such term.
     bf16
-        Run the network in bfloat16 on a GPU.
+        Run the network in bfloat16 where the device has it in hardware.
     data, real_pairs
         A folder, and [fixed, moving] image files in it to validate on; those that are not there are left out.
-    tensorboard
-        Also write TensorBoard events; needs the extra `training`.
     """
 
     model: str
@@ -52,6 +52,7 @@ class TrainingConfig:
     pairs_per_epoch: int = 500
     steps_per_pair: int = 1
     learning_rate: float = 1e-4
+    halve_every: int = 0
     lambda_sim: float = 1.0
     lambda_smooth: float = 1.0
     lambda_dist: float = 0.0
@@ -63,17 +64,20 @@ class TrainingConfig:
     report_every: int = 50
     checkpoint_every: int = 100
     validate_every: int = 2500
-    tensorboard: bool = False
 
     @property
     def steps(self) -> int:
         """Of the whole schedule."""
         return self.epochs * self.pairs_per_epoch * self.steps_per_pair
 
+    def learning_rate_at(self, step: int) -> float:
+        """Of step number `step`, from 0."""
+        return self.learning_rate * 0.5 ** (step / self.halve_every if self.halve_every else 0)
+
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same one: all but the folder, the length and what is only reported."""
         free = {"out", "epochs", "report_every", "checkpoint_every", "validate_every", "validation_pairs"}
-        free |= {"data", "real_pairs", "tensorboard"}
+        free |= {"data", "real_pairs"}
         return {name: value for name, value in self.as_dict().items() if name not in free}
 
     def as_dict(self) -> dict[str, Any]:
@@ -129,7 +133,7 @@ def _complaint(key: str, value: object, kind: Any) -> str | None:
     if kind == "bool":
         return None if isinstance(value, bool) else "true or false"
     if kind == "int":
-        least = 0 if key == "seed" else 1
+        least = 0 if key in ("seed", "halve_every") else 1
         fits = isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
         return None if fits else f"a whole number of {least} or more"
     if kind == "float":

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from registration_engine.devices import autocast_type
 from registration_engine.field import NEGLIGIBLE_MM
 from registration_engine.level import Level
 from registration_engine.objectives import (
@@ -127,7 +128,7 @@ def tuned(
     """
     own = (network if adapts else copy.deepcopy(network)).requires_grad_(True)
     own.checkpointing = pair.input.numel() // 2 > _ROOMY_VOXELS
-    own.autocast = torch.bfloat16 if tuning.bf16 and pair.input.device.type == "cuda" else None
+    own.autocast = autocast_type(pair.input.device) if tuning.bf16 else None
     optimizer = torch.optim.Adam(own.parameters(), lr=tuning.learning_rate)
     started, losses = time.monotonic(), list[float]()
     for epoch in range(tuning.epochs + 1):

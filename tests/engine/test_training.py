@@ -86,6 +86,41 @@ def test_a_run_killed_and_resumed_is_the_uninterrupted_run(tmp_path: Path, train
     assert rows(whole.out / "validation.csv") == rows(pieces.out / "validation.csv")
 
 
+def test_a_process_killed_again_and_again_ends_with_the_weights_of_one_left_alone(tmp_path: Path) -> None:
+    lines = ("shape = [16, 16, 16]", "epochs = 1", "pairs_per_epoch = 12", "validation_pairs = 1", "report_every = 1")
+    for name in ("whole", "pieces"):
+        settings = ('model = "student"', f'out = "{tmp_path / name}"', *lines, "checkpoint_every = 2")
+        (tmp_path / f"{name}.toml").write_text("\n".join(settings))
+    command = [sys.executable, "-m", "registration_engine.training_cli", "train", "--device", "cpu", "--config"]
+
+    def piece(name: str, killed_after: int | None) -> None:
+        with subprocess.Popen([*command, str(tmp_path / f"{name}.toml")], stdout=subprocess.PIPE, text=True) as child:
+            for number, _ in enumerate(child.stdout):
+                if number == killed_after:
+                    child.kill()
+                    break
+        assert child.returncode == (0 if killed_after is None else -9)
+
+    for killed_after in (2, 5, None):
+        piece("pieces", killed_after)
+    piece("whole", None)
+
+    first, second = (load_file(tmp_path / name / "state.safetensors") for name in ("whole", "pieces"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert rows(tmp_path / "whole" / "log.csv") == rows(tmp_path / "pieces" / "log.csv")
+    assert len(list((tmp_path / "pieces" / "tensorboard").iterdir())) == 3
+
+
+def test_the_learning_rate_falls_to_half_in_so_many_steps_and_stays_without() -> None:
+    falling, steady = (config(Path("x"), halve_every=every) for every in (100, 0))
+
+    assert [falling.learning_rate_at(n) for n in (0, 50, 100, 300)] == pytest.approx(
+        [1e-3, 1e-3 / 2**0.5, 5e-4, 1.25e-4]
+    )
+    assert steady.learning_rate_at(10**6) == 1e-3
+
+
 def test_training_on_one_pair_again_and_again_finds_its_displacement(tmp_path: Path) -> None:
     weights = {"lambda_truth": 0.1, "lambda_smooth": 0.1, "seed": 4}
     run(train, config(tmp_path, epochs=1, pairs_per_epoch=1, steps_per_pair=20, **weights))
