@@ -14,7 +14,7 @@ _NAMES = ("log", "validation", "validation-real")
 
 
 class TrainingLog:
-    """`log.csv`, `validation.csv`, `validation-real.csv` and `tensorboard/`; rows beyond the resumed step are dropped."""
+    """`log.csv`, `validation.csv`, `validation-real.csv`, `tensorboard/`; rows beyond the resumed step are dropped."""
 
     def __init__(self, folder: Path, *, resumed_at: int) -> None:
         self._files = {name: _continued(folder / f"{name}.csv", resumed_at) for name in _NAMES}
