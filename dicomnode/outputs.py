@@ -21,6 +21,7 @@ ALL_OUTPUTS = (
     "jacobian",
     "displacement",
     "overlap",
+    "blending",
     "contours",
     "segmentations",
 )

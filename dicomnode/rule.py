@@ -296,6 +296,8 @@ class Rule(Section):
             raise ProblemError(("outputs",), "series_4d", "split in the rule: one 4D series needs phases")
         if "series_4d" in self.outputs and self.series.resolution != "fixed":
             raise ProblemError(("series", "resolution"), self.series.resolution, "fixed: a 4D series has one grid")
+        if "blending" in self.outputs and "series" not in self.outputs:
+            raise ProblemError(("outputs",), "blending", "series among them: it shows the registered series")
         if self.roles.prior is None:
             if "priors" in self.model_fields_set:
                 raise ProblemError(("priors",), "priors", "a role with from: prior, which they would fill")

@@ -13,6 +13,7 @@ from pydicom import Dataset
 from pydicom.config import disable_value_validation
 
 from dicomnode.errors import StudyError
+from dicomnode.objects.blending import blending_state
 from dicomnode.objects.carrying import KINDS, Drawing, belongs_to
 from dicomnode.objects.common import DESCRIPTION, Provenance, SourceSeries, Subject
 from dicomnode.objects.contours import carried_structures
@@ -41,8 +42,11 @@ REPORTS = ("sr",)
 QUALITY = (*REPORTS, "sc", *QUANTITIES, "overlap")
 CARRIED = tuple(dict.fromkeys(KINDS.values()))
 """Outputs that `carried` makes of what was drawn on the moving series."""
-OUTPUTS = ("series", "sro", "sro_affine", "dsr", "dsr-inverse", *QUALITY)
-"""What can be asked for. `sro` is the rigid stage, `sro_affine` the whole linear part; `dsr-inverse` leads back."""
+OUTPUTS = ("series", "sro", "sro_affine", "dsr", "dsr-inverse", "blending", *QUALITY)
+"""What can be asked for: `sro` is the rigid stage, `sro_affine` the whole linear part, `dsr-inverse` leads back.
+
+`blending` shows the registered series, so that it needs `series`; `build` says when it is not made.
+"""
 
 
 def build(
@@ -70,7 +74,7 @@ def build(
     sampled
         `sample_grid(registration)`: the very field that the deformable object carries and the series is made with.
     outputs
-        Some of `OUTPUTS`.
+        Some of `OUTPUTS`. `blending` is left out where `blending_state` cannot write it.
     warning
         Why the verdict was a warning, to be written into the objects; empty where it was not.
     rejection
@@ -98,6 +102,8 @@ def build(
     """
     if unknown := set(outputs) - set(OUTPUTS):
         raise ValueError(f"outputs: got {sorted(unknown)}, expected some of {', '.join(OUTPUTS)}")
+    if "blending" in outputs and "series" not in outputs:
+        raise ValueError("outputs: blending shows the registered series, expected series among them")
     if not registration.grid.is_same_as(fixed.grid):
         raise ValueError(f"registration: is on a grid of shape {registration.grid.shape}, expected the fixed series'")
     is_deformable = registration.displacement is not None
@@ -143,7 +149,7 @@ def carried(
     make = carried_structures if drawing.output == "contours" else carried_segmentation
     with disable_value_validation():
         made = make(subject, sampled.field, drawing)
-        return drawing.output, check(made, subject, also=drawing.dataset)
+        return drawing.output, check(made, subject, also=[drawing.dataset])
 
 
 def _made(
@@ -174,11 +180,26 @@ def _made(
             )
             yield "sro", check(spatial, subject, moving_from_fixed=matrix)
     if "series" in outputs:
+        also = [] if deformable is None else [deformable]
+        registered = []
         for dataset in registered_series(subject, moving, sampled, deformable, may_be_multi_frame=may_be_multi_frame):
-            yield "series", check(dataset, subject, also=deformable)
+            registered.append(_identity(dataset))
+            yield "series", check(dataset, subject, also=also)
+        if "blending" in outputs:
+            blended = blending_state(subject, load(subject.fixed.datasets), moving, registered)
+            if blended is not None:
+                yield "blending", check(blended, subject, also=registered)
     if outputs & set(QUALITY):
         for kind, dataset in _of_quality(subject, moving, registration, sampled, outputs):
             yield kind, check(dataset, subject)
+
+
+def _identity(dataset: Dataset) -> Dataset:
+    """What a reference to an instance needs."""
+    bare = Dataset()
+    for keyword in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"):
+        bare[keyword] = dataset[keyword]
+    return bare
 
 
 def _of_quality(

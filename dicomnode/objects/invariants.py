@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
 import numpy.typing as npt
 from pydicom import Dataset
 from pydicom.uid import (
+    BlendingSoftcopyPresentationStateStorage,
     DeformableSpatialRegistrationStorage,
     EnhancedSRStorage,
     RTStructureSetStorage,
@@ -21,7 +23,11 @@ from dicomnode.objects.violations import items, require
 from dicomnode.volumes import SOFTWARE_NAME
 from registration_engine import DisplacementField
 
-_WITHOUT_FRAME_OF_REFERENCE = (EnhancedSRStorage, SecondaryCaptureImageStorage)
+_WITHOUT_FRAME_OF_REFERENCE = (
+    BlendingSoftcopyPresentationStateStorage,
+    EnhancedSRStorage,
+    SecondaryCaptureImageStorage,
+)
 _STUDY_CLASS = "1.2.840.10008.3.1.2.3.1"
 """Detached Study Management, retired: how an RT Structure Set names a study."""
 _OTHER_STUDIES = ("StudiesContainingOtherReferencedInstancesSequence", "PertinentOtherEvidenceSequence")
@@ -31,7 +37,7 @@ def check(
     dataset: Dataset,
     subject: Subject,
     *,
-    also: Dataset | None = None,
+    also: Sequence[Dataset] = (),
     moving_from_fixed: npt.NDArray[np.float64] | None = None,
     field: DisplacementField | None = None,
 ) -> Dataset:
@@ -40,7 +46,7 @@ def check(
     Parameters
     ----------
     also
-        Another object of this pair that it may refer to.
+        Other objects of this pair that it may refer to.
     moving_from_fixed
         (4, 4), LPS mm, the linear stage that a Spatial Registration is of.
     field
@@ -84,11 +90,10 @@ def _check_identity(dataset: Dataset, subject: Subject) -> None:
     require(bool(dataset.get("SeriesDescription")), dataset, "Series Description is empty")
 
 
-def _check_references(dataset: Dataset, subject: Subject, also: Dataset | None) -> None:
+def _check_references(dataset: Dataset, subject: Subject, also: Sequence[Dataset]) -> None:
     """Every referenced instance exists and stands, under its study and series, in the Common Instance Reference."""
     known = dict(subject.known)
-    if also is not None:
-        known[str(also.SOPInstanceUID)] = (str(also.StudyInstanceUID), str(also.SeriesInstanceUID))
+    known |= {str(each.SOPInstanceUID): (str(each.StudyInstanceUID), str(each.SeriesInstanceUID)) for each in also}
     listed = {}
     studies = [(dataset.StudyInstanceUID, dataset.get("ReferencedSeriesSequence") or [])]
     for keyword in _OTHER_STUDIES:

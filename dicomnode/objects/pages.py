@@ -216,7 +216,7 @@ def _comparison(
         np.clip((image - low) / (high - low if high > low else 1.0), 0, 1)
         for image, (low, high) in zip(images, scales.windows, strict=True)
     )
-    caption, picture, _ = _map("Registered - fixed, as shown", after - fixed, (-1.0, 1.0), DIVERGING)
+    caption, picture, _ = _map("Registered - fixed: red brighter, blue darker", after - fixed, (-1.0, 1.0), DIVERGING)
     return caption, picture, None
 
 

@@ -72,3 +72,14 @@ def outside_of(moving: Dataset, scale: Scale) -> float:
 def is_ct(dataset: Dataset) -> bool:
     """Whether a slice has the attributes of CT Image Storage."""
     return single_frame_class(dataset) == CTImageStorage
+
+
+def header_window(series: SourceSeries) -> tuple[float, float] | None:
+    """Window Center and Window Width of the middle slice, the first where it has several; None where it has none."""
+    middle = series.datasets[len(series.datasets) // 2]
+    center, width = (middle.get(keyword) for keyword in ("WindowCenter", "WindowWidth"))
+    try:
+        found = [float(v if isinstance(v, (int, float, str)) else v[0]) for v in (center, width)]
+    except (TypeError, ValueError, IndexError):
+        return None
+    return (found[0], found[1]) if np.isfinite(found).all() else None

@@ -12,6 +12,7 @@ from pydicom.uid import SecondaryCaptureImageStorage
 from dicomnode.objects.common import SourceSeries, Subject, code, own_object, pair_description, references
 from dicomnode.objects.measurement_report import VERDICTS
 from dicomnode.objects.pages import Words, pages, window_of
+from dicomnode.objects.scale import header_window
 from dicomnode.objects.texts import ascii_text, long_string
 from dicomnode.quality import Quality
 from dicomnode.volumes import SOFTWARE_NAME
@@ -22,8 +23,8 @@ _NUMBER = 4000
 def secondary_captures(subject: Subject, quality: Quality) -> Iterator[Dataset]:
     """One instance for each page, in one series, in the order of reading: `pages.pages` says what they show."""
     windows = (
-        window_of(quality.fixed.voxels, quality.body, _window(subject.fixed)),
-        window_of(quality.registered.voxels, quality.body & quality.overlap, _window(subject.moving)),
+        window_of(quality.fixed.voxels, quality.body, header_window(subject.fixed)),
+        window_of(quality.registered.voxels, quality.body & quality.overlap, header_window(subject.moving)),
     )
     for index, (title, picture) in enumerate(pages(quality, words_of(subject), windows)):
         yield secondary_capture(subject, "sc", title, picture, number=_NUMBER, index=index)
@@ -91,14 +92,3 @@ def words_of(subject: Subject) -> Words:
 
 def _name(series: SourceSeries) -> str:
     return ascii_text(f"{series.first.get('Modality') or 'image'} series {series.first.get('SeriesNumber') or '-'}")
-
-
-def _window(series: SourceSeries) -> tuple[float, float] | None:
-    """Window Center and Window Width of the middle slice, the first where it has several; None where it has none."""
-    middle = series.datasets[len(series.datasets) // 2]
-    center, width = (middle.get(keyword) for keyword in ("WindowCenter", "WindowWidth"))
-    try:
-        found = [float(v if isinstance(v, (int, float, str)) else v[0]) for v in (center, width)]
-    except (TypeError, ValueError, IndexError):
-        return None
-    return (found[0], found[1]) if np.isfinite(found).all() else None

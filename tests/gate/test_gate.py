@@ -169,6 +169,22 @@ def test_what_was_drawn_lies_where_the_decoded_field_takes_it(delivered: Deliver
     assert 2 * common / (len(inside) + expected) > 0.85  # of voxels a third of the radius large
 
 
+def test_the_blending_state_shows_the_two_series_that_were_delivered(delivered: Delivered) -> None:
+    rescales = {volumes.rescale(each) for each in make_source(volumes.read_headers(delivered.fixed)).datasets}
+    if len(rescales) > 1:
+        assert "blending" not in delivered.made
+        return
+    for layer, paths in zip(
+        delivered.one("blending").BlendingSequence, (delivered.fixed, delivered.made["series"]), strict=True
+    ):
+        instances = [dcmread(path, stop_before_pixels=True) for path in paths]
+        (series,) = layer.ReferencedSeriesSequence
+        named = {image.ReferencedSOPInstanceUID for image in series.ReferencedImageSequence}
+        assert named == {each.SOPInstanceUID for each in instances}
+        assert {series.SeriesInstanceUID} == {each.SeriesInstanceUID for each in instances}
+        assert {layer.StudyInstanceUID} == {each.StudyInstanceUID for each in instances}
+
+
 def test_dcm2niix_gives_the_registered_series_the_fixed_geometry(delivered: Delivered, tmp_path: Path) -> None:
     ours = counterparts.nifti_by_dcm2niix(delivered.folder / "series", tmp_path / "ours")
     fixed = counterparts.nifti_by_dcm2niix(delivered.twins[0], tmp_path / "fixed")

@@ -101,11 +101,11 @@ def test_a_study_that_the_pair_does_not_know_is_not_referred_to() -> None:
     drawn = structures(MOVING, {"liver": circles(SOURCES[1].grid, CENTER_MM, RADIUS_MM)})
     made = carry(drawn)
     subject = Subject(*SOURCES, make_provenance(), is_deformable=True)
-    objects.check(made, subject, also=drawn)
+    objects.check(made, subject, also=[drawn])
     made.ReferencedFrameOfReferenceSequence[0].RTReferencedStudySequence[0].ReferencedSOPInstanceUID = "2.25.1"
 
     with pytest.raises(AssertionError, match=r"reference to 2\.25\.1"):
-        objects.check(made, subject, also=drawn)
+        objects.check(made, subject, also=[drawn])
 
 
 def test_a_hole_stays_a_hole_and_a_point_comes_where_it_belongs() -> None:
