@@ -28,6 +28,7 @@ _EXPECTED = {
     "model_type": "a mapping of keys",
     "dict_type": "a mapping of keys",
     "tuple_type": "a list",
+    "bool_type": "true or false",
 }
 """What pydantic says in the words of Python."""
 
@@ -251,6 +252,10 @@ def _problem(document: Document, model: type[Section], found: Any) -> ConfigErro
     if found["type"] == "missing":
         return document.problem(path, "nothing", _EXPECTED["missing"])
     expected = str(cause) if cause is not None else found["msg"].removeprefix("Input should be ")
+    if found["type"] == "literal_error":
+        expected += nearest(str(found["input"]), re.findall(r"'([^']+)'", expected))
+    elif found["type"] == "string_pattern_mismatch":
+        expected = f"text that matches {found['ctx']['pattern']}"
     return document.problem(path, found["input"], _EXPECTED.get(found["type"], expected))
 
 

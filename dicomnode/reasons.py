@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 from dicomnode import partners
+from dicomnode.conditions import Check
 from dicomnode.findings import RuleFinding, ScopeFinding, label
 from dicomnode.rule import Rule
 from dicomnode.scopes import Key, Scope
@@ -33,9 +34,10 @@ def reason(keys: Sequence[Key], findings: Sequence[RuleFinding]) -> str:
                 kind, text = _said(finding, key)
                 said[kind].append(text)
     for kind, prefix in (("waiting", "waiting: "), ("unpaired", ""), ("no role", NO_RULE), ("outside", NO_RULE)):
-        if said[kind]:
-            more = f"; {len(said[kind]) - MAX_CLAUSES} more" if len(said[kind]) > MAX_CLAUSES else ""
-            return prefix + "; ".join(text() for text in said[kind][:MAX_CLAUSES]) + more
+        if said[kind]:  # volumes of one series mostly hear the same
+            texts = list(dict.fromkeys(text() for text in said[kind]))
+            more = f"; {len(texts) - MAX_CLAUSES} more" if len(texts) > MAX_CLAUSES else ""
+            return prefix + "; ".join(texts[:MAX_CLAUSES]) + more
     assert left, f"series {keys[0][0]} was left without a reason"
     return "; ".join(left)
 
@@ -56,6 +58,8 @@ def _said(finding: RuleFinding, key: Key) -> tuple[str, Callable[[], str]]:
     if taking:
         return "unpaired", lambda: f"rule {rule.id}: {note(rule, taking[0], key)}"
     if within:
+        if (check := not_for(rule, within[0].scope, key)) is not None:
+            return "outside", lambda: f"rule {rule.id} is for {check}"
         return "no role", lambda: f"rule {rule.id}: {no_role(rule, within[0].scope, key)}"
     return "no role", lambda: f"rule {rule.id}: {finding.scopeless[key]}"
 
@@ -103,10 +107,9 @@ def _against(rule: Rule, finding: ScopeFinding, key: Key) -> Iterator[str]:
 
 def no_role(rule: Rule, scope: Scope, key: Key) -> str:
     """Why a volume of the scope is neither fixed nor moving."""
-    subject = scope.subjects[key]
-    if rule.roles.prior is not None and key not in scope.priors and not (check := rule.when.check(subject)).passed:
-        return f"is for {check}"
-    said = []
+    if (check := not_for(rule, scope, key)) is not None:
+        return f"the rule is for {check}"
+    subject, said = scope.subjects[key], []
     for name, role in (("fixed", rule.roles.fixed), ("moving", rule.roles.moving)):
         if (role.origin == "prior") != (key in scope.priors):
             said.append(f"{name} is from {'an earlier' if role.origin == 'prior' else 'the current'} examination")
@@ -114,6 +117,14 @@ def no_role(rule: Rule, scope: Scope, key: Key) -> str:
         check = role.match.condition.check(subject)
         said.append(f"{name} is another in the order of acquisition" if check.passed else f"{name} needs {check}")
     return "; ".join(said)
+
+
+def not_for(rule: Rule, scope: Scope, key: Key) -> Check | None:
+    """What `when` saw of a volume of a current examination that it does not hold for, of a rule with priors."""
+    if rule.roles.prior is None or key in scope.priors:
+        return None
+    check = rule.when.check(scope.subjects[key])
+    return None if check.passed else check
 
 
 def several(texts: Iterable[str], joint: str = ", ") -> str:

@@ -11,8 +11,9 @@ import getpass
 import json
 import os
 import re
+import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def history(arguments: argparse.Namespace) -> int:
     index = open_index(configuration.load(arguments.config).database_url)
     for row in index.rule_set_history():
         print(
-            f"{row['version']:>4}  {row['created_at']:%Y-%m-%d %H:%M:%S}  {row['source']:8}  {row['sha256'][:12]}  "
+            f"{row['version']:>4}  {row['created_at']:%Y-%m-%d %H:%M:%S} UTC  {row['source']:8}  {row['sha256'][:12]}  "
             f"{row['author']}  {row['comment']}".rstrip()
         )
     index.close()
@@ -128,7 +129,8 @@ def diff(arguments: argparse.Namespace) -> int:
     old = arguments.old or max(new - 1, 1)
     one, other = (index.rule_set_text(version, written=True).splitlines(keepends=True) for version in (old, new))
     index.close()
-    print("".join(difflib.unified_diff(one, other, f"version {old}", f"version {new}")), end="")
+    changes = "".join(difflib.unified_diff(one, other, f"version {old}", f"version {new}"))
+    print(changes or f"version {old} and version {new} are the same\n", end="")
     return 0
 
 
@@ -162,22 +164,35 @@ def test(arguments: argparse.Namespace) -> int:
         held = _read(arguments.dicom, refused)
     else:
         assert index is not None
-        since = datetime.now(UTC) - _duration(arguments.last)
-        patients = index.patients_of(study=arguments.study) if arguments.study else index.patients_of(since=since)
-        held = [volume for patient in patients for volume in index.volumes_of(*patient)]
+        held = []
+        for patient in _patients(index, arguments):
+            held += index.volumes_of(*patient)
+            refused |= index.reasons_of(*patient)
     if index is not None:
         index.close()
     told = [_tried(found, each, brief=arguments.brief) for each in _by_patient(held)]
     if arguments.json:
         print(json.dumps({"decisions": told, "refused": refused}, indent=2))
         return 0
-    pairs = sum(len(each["pairs"]) for each in told)
-    print(f"{pairs} pairs, {sum(len(each['reasons']) for each in told)} series in none, {len(refused)} refused")
+    counts = sum(len(each["pairs"]) for each in told), sum(len(each["reasons"]) for each in told), len(refused)
+    print("pairs: {}, series in none: {}, not looked at: {}".format(*counts))
     for each in told:
         print("\n".join(_decision_lines(each)))
+    if refused:
+        print("\nnot looked at")
     for uid, reason in refused.items():
-        print(f"refused  {uid}: {reason}")
+        print(f"  {uid}: {reason}")
     return 0
+
+
+def _patients(index: Index, arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """Whose series the rules are tried on."""
+    if not arguments.study:
+        return index.patients_of(since=datetime.now(UTC) - _duration(arguments.last))
+    found = index.patients_of(study=arguments.study)
+    if not found:
+        raise ConfigError("rules test", "--study", arguments.study, "the UID of a study that was received")
+    return found
 
 
 def _tried(found: RuleSet, held: Sequence[VolumeRef], *, brief: bool) -> dict[str, Any]:
@@ -186,12 +201,18 @@ def _tried(found: RuleSet, held: Sequence[VolumeRef], *, brief: bool) -> dict[st
     decision = pairing.pair(found, held, now=long_after)
     return {
         "studies": sorted({each.study_instance_uid for each in held}),
+        "volumes": _titles(held),
         "pairs": [_pair_told(each) for each in decision.pairs],
         "to_settle": [_ambiguity_told(each) for each in decision.ambiguities],
         "lacking_priors": [{"rule": rule, "study": study} for rule, study in decision.lacking_priors],
         "reasons": dict(decision.reasons),
         "trace": [] if brief else trace.as_json(decision.findings),
     }
+
+
+def _titles(held: Iterable[VolumeRef]) -> dict[str, str]:
+    """What people call each volume, by its label."""
+    return {label(key_of(each)): trace.title(each) for each in held}
 
 
 def _pair_told(pair: Pair) -> dict[str, str]:
@@ -213,16 +234,25 @@ def _ambiguity_told(ambiguity: Ambiguity) -> dict[str, Any]:
 
 
 def _decision_lines(told: dict[str, Any]) -> Iterator[str]:
+    names = told["volumes"]
+
+    def named(volume: str) -> str:
+        return f"{volume} ({names[volume]})" if volume in names else volume
+
     yield f"\nstudies {', '.join(told['studies'])}"
     for pair in told["pairs"]:
-        yield f"  pair  rule {pair['rule']}  fixed {pair['fixed']}  moving {pair['moving']}"
+        yield f"  pair by rule {pair['rule']}"
+        yield f"    fixed   {named(pair['fixed'])}"
+        yield f"    moving  {named(pair['moving'])}"
     for item in told["to_settle"]:
-        yield f"  to be settled  rule {item['rule']}  {item['reason']}"
+        yield f"  a person must settle  rule {item['rule']}  {item['reason']}"
+        yield from (f"    {role}  {named(each)}" for role in ("fixed", "moving") for each in item[role])
     for each in told["lacking_priors"]:
         yield f"  priors would be asked for  rule {each['rule']}  study {each['study']}"
     for uid, reason in told["reasons"].items():
-        yield f"  none  {uid}: {reason}"
-    yield from ("  " + line for line in trace.as_text(told["trace"]))
+        yield f"  no pair for {named(uid)}"
+        yield f"    {reason}"
+    yield from ("  " + line for line in trace.as_text(told["trace"], names))
 
 
 def _by_patient(held: Iterable[VolumeRef]) -> list[list[VolumeRef]]:
@@ -235,13 +265,15 @@ def _by_patient(held: Iterable[VolumeRef]) -> list[list[VolumeRef]]:
 def _read(folder: Path, refused: dict[str, str]) -> list[VolumeRef]:
     """The volumes of every series under a folder; why others are none goes into `refused`."""
     if not folder.is_dir():
-        raise ConfigError(str(folder), "--dicom", "no folder", "a folder of DICOM files")
+        raise ConfigError("rules test", "--dicom", str(folder), "a folder of DICOM files")
     series: dict[str, list[Any]] = defaultdict(list)
     for path in sorted(each for each in folder.rglob("*") if each.is_file()):
         try:
-            datasets = volumes.read_headers([path])
+            with warnings.catch_warnings():  # of what is no DICOM file at all
+                warnings.simplefilter("ignore")
+                datasets = volumes.read_headers([path])
         except (StudyError, InvalidDicomError) as error:
-            refused[path.name] = str(error)
+            refused[str(path.relative_to(folder))] = str(error).removeprefix(f"{path.name}: ")
             continue
         header = volumes.instance_header(datasets[0])
         if header.is_own_output:
@@ -270,32 +302,52 @@ def _duration(text: str) -> timedelta:
 def why(arguments: argparse.Namespace) -> int:
     """Tell why a series or study was paired as it was."""
     index = open_index(configuration.load(arguments.config).database_url)
-    state = index.status()
-    rows = [r for r in state["series"] if arguments.uid in (r["series_instance_uid"], r["study_instance_uid"])]
+    state = index.about(arguments.uid)
+    rows, jobs = state["series"], state["jobs"]
     if not rows:
         index.close()
         raise ConfigError("why", "UID", arguments.uid, "the UID of a series or study that was received")
     uids = frozenset(row["series_instance_uid"] for row in rows)
-    jobs = [row for row in state["jobs"] if uids & {row["fixed"], row["moving"]}]
     traces = index.traces_of(arguments.uid)
+    items = [
+        each for each in index.work_items() if uids & {key[0] for key in each.ambiguity.fixed + each.ambiguity.moving}
+    ]
+    patients = {
+        each for study in {row["study_instance_uid"] for row in rows} for each in index.patients_of(study=study)
+    }
+    names = _titles(volume for patient in patients for volume in index.volumes_of(*patient))
     index.close()
     for each in traces:
         each["trace"] = [t for rule in each["trace"] if (t := trace.narrowed(rule, uids, each["rules"])) is not None]
     if arguments.json:
-        told = {"series": rows, "jobs": jobs, "decisions": traces}
+        told = {
+            "series": rows,
+            "volumes": names,
+            "jobs": jobs,
+            "to_settle": [each.id for each in items],
+            "decisions": traces,
+        }
         print(json.dumps(told, indent=2, default=str))
         return 0
     for row in rows:
-        print(f"series {row['series_instance_uid']}  {row['modality']}  {row['state']}  {row['reason']}".rstrip())
+        uid = row["series_instance_uid"]
+        print(f"series {uid} ({names.get(uid, row['modality'])}, {row['instances']} instances)  {row['state']}")
+        for line in (row["reason"], row["note"]):
+            if line:
+                print(f"  {line}")
     for job in jobs:
         print(
             f"  job {job['id']}  rule {job['rule_id']} version {job['rule_version']}  fixed {job['fixed']}  "
             f"moving {job['moving']}  {job['state']}  {job['reason'] or ''}".rstrip()
         )
+    for item in items:
+        print("\n".join(_item_lines(item, names)))
     for each in traces:
+        if not each["trace"]:
+            continue
         what = "last looked at" if each["rules"] is None else f"pair of {', '.join(each['rules'])} made"
         print(f"{what} {each['decided_at']:%Y-%m-%d %H:%M:%S} UTC by rule set {each['rule_version']}")
-        print("\n".join("  " + line for line in trace.as_text(each["trace"])))
+        print("\n".join("  " + line for line in trace.as_text(each["trace"], names)))
     return 0
 
 
@@ -306,9 +358,11 @@ def settle(arguments: argparse.Namespace) -> int:
     """List what the rules could not decide, or decide one item."""
     index = open_index(configuration.load(arguments.config).database_url)
     if arguments.item is None:
-        for item in index.work_items():
-            print("\n".join(_item_lines(item)))
+        for item in (items := index.work_items()):
+            print("\n".join(_item_lines(item, _titles(index.volumes_of(*item.patient)))))
         index.close()
+        if not items:
+            print("nothing waits for a person")
         return 0
     item = index.work_item(arguments.item)
     fixed = _chosen(arguments.fixed, item.ambiguity.fixed, "--fixed")
@@ -322,7 +376,7 @@ def settle(arguments: argparse.Namespace) -> int:
     jobs = index.settle(item, pairs, by=by, plan=rule.plan(now), enqueue=queue.enqueue, now=now)
     queue.close()
     index.close()
-    print(f"item {item.id} settled: {len(pairs)} pairs, jobs {', '.join(jobs) or 'none: they stood already'}")
+    print(f"item {item.id} settled: pairs: {len(pairs)}, jobs {', '.join(jobs) or 'none: they stood already'}")
     return 0
 
 
@@ -354,9 +408,11 @@ def _chosen(text: str | None, offered: Sequence[Key], option: str) -> Key:
     return named[text]
 
 
-def _item_lines(item: WorkItem) -> Iterator[str]:
+def _item_lines(item: WorkItem, names: Mapping[str, str]) -> Iterator[str]:
     about = item.ambiguity
     yield f"item {item.id}  rule {about.rule_id} version {item.rule_version}  {item.created_at:%Y-%m-%d %H:%M:%S} UTC"
     yield f"  {about.scope}: {about.reason}"
-    yield from (f"  --fixed {label(key)}" for key in about.fixed)
-    yield from (f"  --moving {label(key)}" for key in about.moving)
+    yield f"  settle it by `dicomnode settle {item.id} --fixed UID --moving UID` with"
+    for option, keys in (("--fixed", about.fixed), ("--moving", about.moving)):
+        for each in map(label, keys):
+            yield f"    {option} {each}  ({names.get(each, 'not here any more')})"

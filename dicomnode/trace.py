@@ -5,12 +5,15 @@ Law: pure; plain JSON values out, and the same as text for people. What is the p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from dicomnode import partners
-from dicomnode.conditions import Check
+from dicomnode.conditions import All, AnyOf, Check, Not
+from dicomnode.derived import values_of
 from dicomnode.findings import RuleFinding, ScopeFinding, keys_of, label
+from dicomnode.model import VolumeRef
 from dicomnode.reasons import no_role, note
 from dicomnode.rule import Role, Rule
 from dicomnode.scopes import Key
@@ -26,30 +29,56 @@ def as_json(findings: Iterable[RuleFinding]) -> list[Json]:
     return [_rule(finding) for finding in findings]
 
 
-def as_text(told: Iterable[Json]) -> Iterator[str]:
-    """The lines of a trace that `as_json` made."""
+def as_text(told: Iterable[Json], names: Mapping[str, str] | None = None) -> Iterator[str]:
+    """The lines of a trace that `as_json` made; `names` says by `title` what each volume is."""
+    names = names or {}
     for rule in told:
         yield f"rule {rule['rule']}"
-        for out in rule["left_out"]:
-            yield f"  left out  {out['volume']}  by {out['by']}"
+        for volumes, out in _alike(rule["left_out"]):
+            by = f"its {out['by']}" if out["by"] == "when" else out["by"]
+            yield f"  left out by {by}: {_several(volumes, names)}"
             yield from _check_lines(out["check"], "    ")
         for scope in rule["scopes"]:
             yield f"  {scope['scope']}: {scope['outcome']}"
             for pair in scope["pairs"]:
-                yield f"    pair  fixed {pair['fixed']}  moving {pair['moving']}"
-            for volume in scope["volumes"]:
-                fills = ", ".join(f"{name} with score {score:g}" for name, score in volume["fills"].items())
-                yield f"    {volume['volume']}  {fills or 'no role'}" + (f"  {volume['why']}" if volume["why"] else "")
-                for name, role in volume["roles"].items():
+                yield f"    pair  fixed {_several([pair['fixed']], names)}  moving {_several([pair['moving']], names)}"
+            for volumes, entry in _alike(scope["volumes"]):
+                fills = ", ".join(f"{name} with score {score:g}" for name, score in entry["fills"].items())
+                why = f"; {entry['why']}" if entry["why"] else ""
+                yield f"    {_several(volumes, names)}: {fills or 'no role'}{why}"
+                for name, role in entry["roles"].items():
                     yield f"      {name}"
                     for kind in ("match", "fallback"):
                         if kind in role:
                             yield from _check_lines(role[kind], "        ", f"{kind}: ")
                     for each in role.get("prefer", ()):
-                        yield from _check_lines(each["check"], "        ", f"prefer {each['score']:+g}: ")
+                        yield from _check_lines(
+                            each["check"], "        ", f"prefer {each.get('worth', each['score']):+g}: "
+                        )
             for between in scope["between"]:
                 yield f"    fixed {between['fixed']}  moving {between['moving']}"
                 yield from (f"      {_mark(each['passed'])} {each['condition']}" for each in between["conditions"])
+
+
+def title(volume: VolumeRef) -> str:
+    """What people call a volume: modality, Series Number and Description, slices, and which of the series' volumes."""
+    number = "".join(f" no. {value}" for value in values_of(volume, "SeriesNumber"))
+    described = "".join(f" {str(value)[:64]!r}" for value in values_of(volume, "SeriesDescription"))
+    apart = "".join(f", {name} {value}" for name, value in volume.split_by.items())
+    return f"{volume.modality}{number}{described}, {volume.n_slices} slices{apart}"
+
+
+def _alike(entries: Iterable[Json]) -> Iterator[tuple[list[str], Json]]:
+    """Volumes of one series of which the same is told, and what is told of them."""
+    for _, several in groupby(entries, key=lambda each: (each["volume"].split("#")[0], {**each, "volume": ""})):
+        same = list(several)
+        yield [each["volume"] for each in same], same[0]
+
+
+def _several(volumes: Sequence[str], names: Mapping[str, str]) -> str:
+    if len(volumes) > 1:
+        return f"{volumes[0]} and {len(volumes) - 1} more volumes of it, to #{volumes[-1].split('#')[-1]}"
+    return f"{volumes[0]} ({names[volumes[0]]})" if volumes[0] in names else volumes[0]
 
 
 def _rule(finding: RuleFinding) -> Json:
@@ -110,7 +139,7 @@ def _roles(rule: Rule, finding: ScopeFinding, key: Key) -> Json:
 def _preferences(role: Role, finding: ScopeFinding, key: Key) -> list[Json]:
     subject = finding.scope.subjects[key]
     checks = [(each.condition.check(subject), each.score) for each in role.prefer]
-    return [{"check": _check(check), "score": score if check.passed else 0} for check, score in checks]
+    return [{"check": _check(check), "worth": score, "score": score if check.passed else 0} for check, score in checks]
 
 
 def _between(rule: Rule, finding: ScopeFinding) -> Iterator[Json]:
@@ -132,8 +161,12 @@ def _check(check: Check) -> Json:
     if check.observation is not None:
         told["seen"] = check.seen
     if check.parts:
+        told["of"] = _COMBINED[type(check.condition)]
         told["parts"] = [_check(part) for part in check.parts]
     return told
+
+
+_COMBINED: dict[type, str] = {All: "all of", AnyOf: "any of", Not: "not"}
 
 
 def _check_lines(check: Mapping[str, Json] | None, indent: str, prefix: str = "") -> Iterator[str]:
@@ -143,7 +176,7 @@ def _check_lines(check: Mapping[str, Json] | None, indent: str, prefix: str = ""
         seen = f", got {check['seen']}" if "seen" in check else ""
         yield f"{indent}{_mark(check['passed'])} {prefix}{check['condition']}{seen}"
         return
-    yield f"{indent}{_mark(check['passed'])} {prefix}{check['condition']}"
+    yield f"{indent}{_mark(check['passed'])} {prefix}{check.get('of', check['condition'])}"
     for part in check["parts"]:
         yield from _check_lines(part, indent + "  ")
 

@@ -28,8 +28,8 @@ MAY_IMPORT = {
     "scopes": {"derived", "model", "rule"},
     "partners": {"derived", "model", "rule"},
     "findings": {"conditions", "model", "rule", "scopes"},
-    "reasons": {"derived", "findings", "partners", "rule", "scopes"},
-    "trace": {"conditions", "findings", "partners", "reasons", "rule", "scopes"},
+    "reasons": {"conditions", "derived", "findings", "partners", "rule", "scopes"},
+    "trace": {"conditions", "derived", "findings", "model", "partners", "reasons", "rule", "scopes"},
     "pairing": {
         "completion", "conditions", "derived", "findings", "model", "partners", "reasons", "rule", "rules", "scopes",
     },

@@ -23,6 +23,8 @@ def volume(
     first_slice_mm: float = 0.0,
     affine: tuple[float, ...] | None = None,
     last_received_at: datetime = datetime(2026, 3, 1, 11, 0, 0, tzinfo=UTC),
+    volume_number: int = 0,
+    volumes_in_series: int = 1,
     **header: HeaderValue,
 ) -> VolumeRef:
     """An axial volume from `first_slice_mm` upwards; keywords in capitals go into its header."""
@@ -40,5 +42,7 @@ def volume(
         shape=shape,
         affine=affine or axial,
         last_received_at=last_received_at,
+        volume_number=volume_number,
+        volumes_in_series=volumes_in_series,
         header={"StudyDate": "20260301", **header},
     )

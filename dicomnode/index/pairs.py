@@ -71,6 +71,20 @@ class Pairs(Decisions):
         with self._reading() as connection:
             return [_volume_ref(facts, is_fetched) for facts, is_fetched in connection.execute(query)]
 
+    def reasons_of(self, patient_id: str, issuer_of_patient_id: str) -> dict[str, str]:
+        """Why a patient's series are none that `volumes_of` gives, by Series Instance UID."""
+        query = (
+            sa.select(series.c.series_instance_uid, series.c.state, series.c.reason, series.c.is_own_output)
+            .join(patient, series.c.patient_id == patient.c.id)
+            .where(patient.c.patient_id == patient_id, patient.c.issuer_of_patient_id == issuer_of_patient_id)
+            .where(sa.or_(series.c.is_own_output, series.c.state.not_in([SeriesState.PAIRED, SeriesState.UNPAIRED])))
+            .order_by(series.c.id)
+        )
+        with self._reading() as connection:
+            rows = connection.execute(query).all()
+        own = "the node's own output, or a registration object"
+        return {uid: own if is_own else reason or f"is {state}" for uid, state, reason, is_own in rows}
+
     def pairs_of(self, series_instance_uids: Collection[str]) -> list[Pair]:
         """Every standing pair one of these series is in."""
         fixed, moving = series.alias(), series.alias()

@@ -185,7 +185,8 @@ def _in_order(
     if shear > SHEAR_TOLERANCE and in_plane > ROUNDING_MM:
         raise InconsistentGeometryError(
             f"{name(datasets)}: the stack is sheared (gantry tilt): slices slip {in_plane:.2f} mm sideways over "
-            f"{gaps.sum():.1f} mm ({np.degrees(np.arctan(shear)):.2f} degrees), expected at most {SHEAR_TOLERANCE}"
+            f"{gaps.sum():.1f} mm ({np.degrees(np.arctan(shear)):.2f} degrees), expected at most "
+            f"{np.degrees(SHEAR_TOLERANCE):.2f} degrees"
         )
     # The regular grid nearest to the positions, least squares: rounded ones lie around it.
     index = np.arange(len(along)) - (len(along) - 1) / 2

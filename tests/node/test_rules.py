@@ -153,7 +153,7 @@ def test_the_worked_rules_load() -> None:
 @pytest.mark.parametrize(
     ("changes", "key", "got", "expected"),
     [
-        ({"id": "a b"}, "rules[0](a b).id", "a b", "pattern"),
+        ({"id": "a b"}, "rules[0](a b).id", "a b", "text that matches"),
         ({"whem": {"Modality": "CT"}}, "rules[0](r).whem", "whem", "did you mean 'when'?"),
         ({"when": {"Modalty": "CT"}}, "rules[0](r).when.Modalty", "Modalty", "did you mean 'Modality'?"),
         ({"when": {"modality": "CT"}}, "rules[0](r).when.modality", "modality", "did you mean 'Modality'?"),
@@ -202,7 +202,7 @@ def test_the_worked_rules_load() -> None:
         ({"split": {"min_phases": 1}}, "rules[0](r).split.min_phases", 1, "greater than or equal to 2"),
         ({"priors": {}}, "rules[0](r).priors", "priors", "a role with from: prior"),
         ({"priority": "urgnt"}, "rules[0](r).priority", "urgnt", "'urgent', 'normal' or 'off-peak'"),
-        ({"schedule": {"from": "25:00"}}, "rules[0](r).schedule.from", "25:00", "pattern"),
+        ({"schedule": {"from": "25:00"}}, "rules[0](r).schedule.from", "25:00", "text that matches"),
         ({"schedule": {"days": ["monday"]}}, "rules[0](r).schedule.days[0]", "monday", "'mon'"),
         ({"store_in": "elsewhere"}, "rules[0](r).store_in", "elsewhere", "fixed_study"),
         ({"outputs": ["series", "seg"]}, "rules[0](r).outputs[1]", "seg", "one of series, sro, dsr"),
@@ -231,7 +231,7 @@ def test_the_worked_rules_load() -> None:
         ({"pair": {"overlap_mm": 80}}, "rules[0](r).pair.overlap_mm", 80, "a mapping"),
         ({"pair": {"max_days": -1}}, "rules[0](r).pair.max_days", -1, "greater"),
         ({"roles": {"fixed": {"match": {"contrast": True}}}}, "rules[0](r).roles.moving", "nothing", "required"),
-        ({"enabled": "no"}, "rules[0](r).enabled", "no", "boolean"),
+        ({"enabled": "no"}, "rules[0](r).enabled", "no", "true or false"),
     ],
 )
 def test_a_bad_rule_is_refused_by_rule_key_got_and_expected(

@@ -215,7 +215,7 @@ def test_a_tie_becomes_a_work_item_that_a_person_settles_once(held: Held, capsys
 
     assert item.ambiguity.fixed == item.ambiguity.moving == ((uids[0], 0), (uids[1], 0))
     assert "a tie for fixed between series" in said
-    assert "1 pairs" in settled
+    assert "pairs: 1" in settled
     (job,) = held.index.status()["jobs"]
     assert (job["fixed"], job["moving"], job["rule_version"]) == (*uids, 1)
     assert held.index.work_items() == []
