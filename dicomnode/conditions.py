@@ -22,7 +22,7 @@ COMBINATORS = ("all", "any", "not")
 OPERATORS = ("any_of", "none_of", "means", "matches", "min", "max", "exists")
 ELSEWHERE = {
     "overlap_mm": "pair.overlap_mm",
-    "days_before": "priors.max_age_days or pair.max_days",
+    "days_before": "priors.min_age_days and max_age_days, or pair.max_days",
     "order": "order beside match or fallback, in a role",
     "from": "from in a role",
     "score": "score in a role's prefer",

@@ -302,6 +302,8 @@ class WorkItem:
     state: str
     """open; settled by a person; gone: the rules have decided since."""
     created_at: datetime
+    closed_at: datetime | None = None
+    closed_by: str = ""
 
 
 @dataclass(frozen=True)

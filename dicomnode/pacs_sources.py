@@ -95,12 +95,12 @@ class Client(ABC):
         """Series of the patient's earlier studies, the newest studies first."""
         request = fetch.request
         day = date.fromisoformat(request["study_date"])
-        first = day - timedelta(days=request["max_age_days"])
-        modalities = set(request["modalities"])
+        first, last = (day - timedelta(days=request.get(key, 0)) for key in ("max_age_days", "min_age_days"))
+        dates, modalities = f"{first:%Y%m%d}-{last:%Y%m%d}", set(request["modalities"])
         studies = {
             uid: on
             for modality in modalities or {""}
-            for uid, on in self.studies(fetch.patient, f"{first:%Y%m%d}-{day:%Y%m%d}", modality, request["description"])
+            for uid, on in self.studies(fetch.patient, dates, modality, request["description"])
             if uid != fetch.study_instance_uid
         }
         newest = sorted(studies, key=lambda uid: (studies[uid], uid), reverse=True)[: request["max_studies"]]

@@ -105,11 +105,16 @@ def _days(rule: Rule, fixed: VolumeRef, moving: VolumeRef) -> Iterator[Finding]:
     if rule.pair.is_within_study or fixed.study_instance_uid == moving.study_instance_uid:
         return
     apart = days_before(fixed, moving)
-    name, limit = ("max_age_days", rule.priors.max_age_days) if rule.roles.prior else ("max_days", rule.pair.max_days)
-    if apart is None:
-        yield Finding(f"no date of examination, so {name} cannot be checked", False)
+    if rule.roles.prior:
+        least, most = rule.priors.min_age_days, rule.priors.max_age_days
+        asked = f"min_age_days {least}, max_age_days {most}" if least else f"max_age_days {most}"
     else:
-        yield Finding(f"{abs(apart)} days apart, {name} {limit}", abs(apart) <= limit)
+        least, most = 0, rule.pair.max_days
+        asked = f"max_days {most}"
+    if apart is None:
+        yield Finding(f"no date of examination, so {asked} cannot be checked", False)
+    else:
+        yield Finding(f"{abs(apart)} days apart, {asked}", least <= abs(apart) <= most)
 
 
 def _same(rule: Rule, fixed: Subject, moving: Subject) -> Iterator[Finding]:

@@ -209,14 +209,21 @@ class Query(Section):
 
 
 class Priors(Section):
-    """Where earlier examinations come from, and how old they may be."""
+    """Where earlier examinations come from, and how many days before the current one they may be."""
 
     query: Query = Query()
+    min_age_days: Annotated[int, Field(strict=True, ge=0)] = 0
     max_age_days: Annotated[int, Field(strict=True, ge=0)] = 365
     max_studies: Annotated[int, Field(strict=True, ge=1, le=20)] = 3
     pick: Literal["newest", "best"] = "newest"
     sources: tuple[str, ...] = ()
     fetch: Literal["c-move", "c-get", "dicomweb"] | None = None
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Priors:
+        if self.min_age_days > self.max_age_days:
+            raise ProblemError(("min_age_days",), self.min_age_days, f"at most max_age_days, {self.max_age_days}")
+        return self
 
 
 class Register(Section):

@@ -303,52 +303,55 @@ def why(arguments: argparse.Namespace) -> int:
     """Tell why a series or study was paired as it was."""
     index = open_index(configuration.load(arguments.config).database_url)
     state = index.about(arguments.uid)
-    rows, jobs = state["series"], state["jobs"]
+    rows = state["series"]
     if not rows:
         index.close()
         raise ConfigError("why", "UID", arguments.uid, "the UID of a series or study that was received")
     uids = frozenset(row["series_instance_uid"] for row in rows)
     traces = index.traces_of(arguments.uid)
-    items = [
-        each for each in index.work_items() if uids & {key[0] for key in each.ambiguity.fixed + each.ambiguity.moving}
-    ]
-    patients = {
-        each for study in {row["study_instance_uid"] for row in rows} for each in index.patients_of(study=study)
-    }
+    items = [each for each in index.work_items(everything=True) if uids & _series_of(each)]
+    patients = {each for row in rows for each in index.patients_of(study=row["study_instance_uid"])}
     names = _titles(volume for patient in patients for volume in index.volumes_of(*patient))
     index.close()
     for each in traces:
         each["trace"] = [t for rule in each["trace"] if (t := trace.narrowed(rule, uids, each["rules"])) is not None]
     if arguments.json:
-        told = {
-            "series": rows,
-            "volumes": names,
-            "jobs": jobs,
-            "to_settle": [each.id for each in items],
-            "decisions": traces,
-        }
+        settling = [{"item": each.id, "state": each.state, "by": each.closed_by} for each in items]
+        told = {**state, "volumes": names, "to_settle": settling, "decisions": traces}
         print(json.dumps(told, indent=2, default=str))
         return 0
-    for row in rows:
+    print("\n".join(_why_lines(state, items, traces, names)))
+    return 0
+
+
+def _series_of(item: WorkItem) -> set[str]:
+    return {key[0] for key in item.ambiguity.fixed + item.ambiguity.moving}
+
+
+def _why_lines(
+    state: Mapping[str, Any], items: Iterable[WorkItem], traces: Iterable[Any], names: Mapping[str, str]
+) -> Iterator[str]:
+    for row in state["series"]:
         uid = row["series_instance_uid"]
-        print(f"series {uid} ({names.get(uid, row['modality'])}, {row['instances']} instances)  {row['state']}")
-        for line in (row["reason"], row["note"]):
-            if line:
-                print(f"  {line}")
-    for job in jobs:
-        print(
+        yield f"series {uid} ({names.get(uid, row['modality'])}, {row['instances']} instances)  {row['state']}"
+        yield from (f"  {line}" for line in (row["reason"], row["note"]) if line)
+    for row in state["priors"]:
+        yield f"  priors for rule {row['rule_id']} from {row['source']}: {row['state']}; {row['reason']}".rstrip("; ")
+    for job in state["jobs"]:
+        yield (
             f"  job {job['id']}  rule {job['rule_id']} version {job['rule_version']}  fixed {job['fixed']}  "
             f"moving {job['moving']}  {job['state']}  {job['reason'] or ''}".rstrip()
         )
     for item in items:
-        print("\n".join(_item_lines(item, names)))
+        if item.state == "open":
+            yield from _item_lines(item, names)
+        elif item.state == "settled":
+            yield f"  item {item.id} settled by {item.closed_by} {item.closed_at:%Y-%m-%d %H:%M:%S} UTC"
     for each in traces:
-        if not each["trace"]:
-            continue
-        what = "last looked at" if each["rules"] is None else f"pair of {', '.join(each['rules'])} made"
-        print(f"{what} {each['decided_at']:%Y-%m-%d %H:%M:%S} UTC by rule set {each['rule_version']}")
-        print("\n".join("  " + line for line in trace.as_text(each["trace"], names)))
-    return 0
+        if each["trace"]:
+            what = "last looked at" if each["rules"] is None else f"pair of {', '.join(each['rules'])} made"
+            yield f"{what} {each['decided_at']:%Y-%m-%d %H:%M:%S} UTC by rule set {each['rule_version']}"
+            yield from ("  " + line for line in trace.as_text(each["trace"], names))
 
 
 # ── what a person decides ──

@@ -144,6 +144,7 @@ class Scheduler:
         ]
         request = {
             "study_date": day.isoformat(),
+            "min_age_days": rule.priors.min_age_days,
             "max_age_days": rule.priors.max_age_days,
             "max_studies": rule.priors.max_studies,
             "modalities": list(rule.priors.query.modalities),
@@ -305,8 +306,8 @@ class Scheduler:
             ambiguities=decision.ambiguities,
             trace=trace.as_json(decision.findings),
         )
-        for made, job_id in zip(decision.pairs, jobs, strict=False):
-            log.info("job %s: rule %s", job_id, made.rule_id)
+        for job_id in jobs:
+            log.info("job %s made by rule set %d", job_id, self._rule_version)
         if decision.look_again_at is None:
             self._look_at.pop(patient, None)
         else:

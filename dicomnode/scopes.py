@@ -99,7 +99,7 @@ def _with_priors(rule: Rule, subjects: Subjects) -> list[Scope]:
             for key in others
             if day is not None
             and (before := subjects[key].day) is not None
-            and 0 <= (day - before).days <= rule.priors.max_age_days
+            and rule.priors.min_age_days <= (day - before).days <= rule.priors.max_age_days
         ]
         members = {key: subjects[key] for key in sorted([*current, *earlier])}
         found.append(Scope(f"study {study[2]} with its priors", members, frozenset(earlier)))

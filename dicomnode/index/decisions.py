@@ -134,4 +134,6 @@ def _work_item(row: Any) -> WorkItem:
         ambiguity=Ambiguity(row.rule_id, row.scope, row.reason, fixed, moving),
         state=row.state,
         created_at=row.created_at,
+        closed_at=row.closed_at,
+        closed_by=row.closed_by,
     )

@@ -24,7 +24,7 @@ class PriorFetch:
     study_instance_uid
         Of the examination that needs an earlier one.
     request
-        What is asked for: study_date, max_age_days, modalities, description, max_studies.
+        What is asked for: study_date, min_age_days, max_age_days, modalities, description, max_studies.
     """
 
     id: int

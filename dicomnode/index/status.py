@@ -39,10 +39,7 @@ class Status(Database):
             .group_by(study.c.id)
             .order_by(study.c.id),
             "series": _series(),
-            "priors": sa.select(
-                prior_fetch.c.study_instance_uid, prior_fetch.c.rule_id, prior_fetch.c.source, prior_fetch.c.state,
-                prior_fetch.c.attempts, prior_fetch.c.reason,
-            ).order_by(prior_fetch.c.id),
+            "priors": _priors(),
             "jobs": _jobs(),
             "quarantine": sa.select(
                 quarantine.c.sop_instance_uid, quarantine.c.reason, quarantine.c.path, quarantine.c.received_at,
@@ -80,12 +77,14 @@ class Status(Database):
         return self._rows(queries)
 
     def about(self, uid: str) -> dict[str, list[dict[str, Any]]]:
-        """The rows of `status` that concern one series, or the series of one study: `series` and their `jobs`."""
+        """The rows of `status` that concern one series, or the series of one study: `series`, `jobs` and `priors`."""
         of_it = sa.select(series.c.id).join(study, series.c.study_id == study.c.id)
         of_it = of_it.where(sa.or_(series.c.series_instance_uid == uid, study.c.study_instance_uid == uid))
         in_a_pair = sa.or_(pair.c.fixed_series_id.in_(of_it), pair.c.moving_series_id.in_(of_it))
         jobs = _jobs().where(job.c.id.in_(sa.select(pair.c.job_id).where(in_a_pair)))
-        return self._rows({"series": _series().where(series.c.id.in_(of_it)), "jobs": jobs})
+        studies = sa.select(study.c.study_instance_uid).join(series, series.c.study_id == study.c.id)
+        priors = _priors().where(prior_fetch.c.study_instance_uid.in_(studies.where(series.c.id.in_(of_it))))
+        return self._rows({"series": _series().where(series.c.id.in_(of_it)), "jobs": jobs, "priors": priors})
 
     def _rows(self, queries: Mapping[str, sa.Select[Any]]) -> dict[str, list[dict[str, Any]]]:
         with self._reading() as connection:
@@ -102,6 +101,13 @@ def _series() -> sa.Select[Any]:
     query = sa.select(*columns).join(study, series.c.study_id == study.c.id)
     query = query.outerjoin(instance, instance.c.series_id == series.c.id)
     return query.group_by(series.c.id, study.c.study_instance_uid).order_by(series.c.id)
+
+
+def _priors() -> sa.Select[Any]:
+    return sa.select(
+        prior_fetch.c.study_instance_uid, prior_fetch.c.rule_id, prior_fetch.c.source, prior_fetch.c.state,
+        prior_fetch.c.attempts, prior_fetch.c.reason,
+    ).order_by(prior_fetch.c.id)  # fmt: skip
 
 
 def _jobs() -> sa.Select[Any]:

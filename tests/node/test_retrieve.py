@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from datetime import UTC, date, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from pydicom.uid import CTImageStorage, EnhancedMRImageStorage, MRImageStorage, 
 from pydicom.uid import PositronEmissionTomographyImageStorage as PETImageStorage
 from raw_scu import CT, EXPLICIT, RawSCU, c_store_rq, p_data
 from running_node import free_port, wait_for
+from sources import SMALL, answering, ask, new_mr, old_ct
 
 from dicomnode.archive import Archive
 from dicomnode.errors import RemoteError
@@ -30,12 +30,11 @@ from dicomnode.listener import Listener
 from dicomnode.model import RetrievedBy, Source
 from dicomnode.negotiation import Access
 from dicomnode.pacs_sources import client_of, multipart
-from dicomnode.retrieve import MAX_ATTEMPTS, PriorService
+from dicomnode.retrieve import MAX_ATTEMPTS
 from dicomnode.spool import JournalRecord
 from dicomnode.volumes import instance_header
 from dicomnode.volumes.frames import SINGLE_FRAME_CLASS
 
-SMALL: dict[str, Any] = {"shape": (8, 8, 8), "spacing_mm": (5.0, 4.0, 4.0)}
 RULES = """
 version: 1
 rules:
@@ -56,23 +55,6 @@ def held(tmp_path: Path) -> Held:
     made = Held(tmp_path / "node")
     made.put_rules(RULES)
     return made
-
-
-def old_ct(phase: str = "native", *, patient_id: str = "P", day: str = "20260101") -> list[Any]:
-    return phantoms.make_series(phase=phase, study="old", patient_id=patient_id, header={"StudyDate": day}, **SMALL)
-
-
-def new_mr() -> list[Any]:
-    return phantoms.make_series(modality="MR", study="new", patient_id="P", header={"StudyDate": "20260301"}, **SMALL)
-
-
-def ask(held: Held, source: Source, study: str, intake: Intake | None = None) -> PriorService:
-    request = {
-        "study_date": date(2026, 3, 1).isoformat(), "max_age_days": 180, "max_studies": 3, "modalities": ["CT"],
-        "description": "", "urgent": False,
-    }  # fmt: skip
-    held.index.request_priors(("P", ""), study, "to-prior", [source.name], request, now=datetime.now(UTC))
-    return PriorService([source], held.index, intake or Intake(held.archive, held.index), ae_title="DICOMNODE")
 
 
 @pytest.fixture
@@ -346,22 +328,6 @@ def test_what_came_before_an_answer_broke_off_is_handed_over() -> None:
         next(parts)
 
 
-class Door(BaseHTTPRequestHandler):
-    """A DICOMweb server that answers everything with `answer`."""
-
-    answer = b""
-
-    def do_GET(self) -> None:
-        """Answer."""
-        self.send_response(200)
-        self.send_header("Content-Type", "application/dicom+json")
-        self.end_headers()
-        self.wfile.write(self.answer)
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
-
 @pytest.mark.parametrize(
     "answer",
     [
@@ -373,19 +339,10 @@ class Door(BaseHTTPRequestHandler):
     ],
 )
 def test_an_answer_that_makes_no_sense_is_one_attempt_like_any_other(held: Held, answer: bytes) -> None:
-    server = HTTPServer(("127.0.0.1", 0), type("Strange", (Door,), {"answer": answer}))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        current = new_mr()
-        held.receive(current)
-        source = Source("pacs", "", "127.0.0.1", 0, "dicomweb", url=f"http://127.0.0.1:{server.server_port}")
-        service = ask(held, source, str(current[0].StudyInstanceUID))
-        service.fetch_due(datetime.now(UTC))
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    current = new_mr()
+    held.receive(current)
+    with answering(answer) as (source, _):
+        ask(held, source, str(current[0].StudyInstanceUID)).fetch_due(datetime.now(UTC))
 
     (row,) = held.index.status()["priors"]
     assert (row["state"], row["attempts"]) == ("waiting", 1)
