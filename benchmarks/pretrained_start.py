@@ -65,7 +65,7 @@ def main() -> None:
         random = []
         for seed in range(options.seeds):
             torch.manual_seed(seed)
-            fresh = UNet(pretrained.architecture)
+            fresh = UNet(pretrained.architecture, channels_last=pretrained.channels_last)
             path = options.out / f"{pair_name} random {size} {seed}.json".replace(" ", "-")
             random.append(_measured(path, pair, fresh, _RANDOM_EPOCHS))
         best = min(got["losses"])

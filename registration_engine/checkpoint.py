@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from registration_engine.devices import autocast_type
 from registration_engine.errors import InvalidRequestError
 from registration_engine.training_config import TrainingConfig
 from registration_engine.unet import ARCHITECTURES, UNet, parameters_of
@@ -79,7 +80,7 @@ def load_model(name: str, *, device: str | torch.device = "cpu") -> LoadedModel:
     digest = sha256_of(path)
     if digest != row.sha256:
         raise InvalidRequestError(f"Model {name}: {row.file} has sha256 {digest}, expected {row.sha256}")
-    network = UNet(ARCHITECTURES[name], channels_last=torch.device(device).type == "cuda")
+    network = UNet(ARCHITECTURES[name], channels_last=autocast_type(torch.device(device)) is not None)
     network.load_state_dict(load_file(path))
     return LoadedModel(name, row.sha256, network.requires_grad_(False).eval().to(device))
 

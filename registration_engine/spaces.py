@@ -92,6 +92,23 @@ def sample_where_valid(layers: Tensor, coordinates: Tensor) -> tuple[Tensor, Ten
     return image, inside
 
 
+def share_inside(coordinates: Tensor, shape: torch.Size, *, fade: float) -> Tensor:
+    """How much of each point counts as within a grid: 1 up to half a voxel beyond its outer centers, then falling.
+
+    Differentiable, unlike the mask of `sample_where_valid`: what slips over the border can find back.
+
+    Parameters
+    ----------
+    shape
+        (Z, Y, X) of the grid.
+    fade
+        Voxels in which it falls to 0.
+    """
+    voxels = coordinates.new_tensor([(n - 1) / 2 for n in reversed(shape)]).view(3, 1, 1, 1)
+    beyond = ((coordinates.abs() - 1) * voxels).amax(0) - 0.5
+    return (1 - beyond / fade).clamp(0, 1)
+
+
 def world_from_sampling(grid: Grid) -> Matrix:
     """(4, 4), sampling coordinates of a grid to LPS mm."""
     return np.asarray(grid.affine @ _index_from_sampling(grid), dtype=np.float64)

@@ -30,11 +30,12 @@ from registration_engine.objectives import (
 from registration_engine.optimize import unfolded
 from registration_engine.prepare import Prepared
 from registration_engine.presets import Preset, Tuning
-from registration_engine.spaces import Matrix
+from registration_engine.spaces import Matrix, sample, share_inside
 from registration_engine.unet import MULTIPLE, UNet
 from registration_engine.volume import Grid
 
 _MARGIN_MM = 10.0
+_FADE_VOXELS = 2.0  # over which what leaves the field of view ceases to count
 _PLATEAU_EPOCHS, _PLATEAU_GAIN = 10, 1e-3
 _ROOMY_VOXELS = 2_000_000  # above, activations are recomputed rather than kept: 2.5 GB here, in float32
 
@@ -63,12 +64,17 @@ class NetworkPair:
 
     def loss(self, voxels: Tensor, tuning: Tuning) -> Tensor:
         """L_TTO of section 2.3 at a displacement in voxels."""
-        warped, weight = self.level.warped(self.displacement_mm(voxels))
-        fixed, counted = self.level.fixed.image[0], weight.float()
+        level, (fixed, valid) = self.level, (self.level.fixed.image[0], self.level.fixed.valid[0])
+        points = level.base + torch.tensordot(level.per_mm, self.displacement_mm(voxels), dims=1)
+        warped, *masks = sample(level.moving_layers, points)
+        weight = valid * share_inside(points, level.moving_layers.shape[1:], fade=_FADE_VOXELS)
+        for mask in masks:
+            weight = weight * (mask.detach() > 0.99)
+        counted = weight.detach()
         similarity = multi_axis_mutual_information(fixed, warped, counted)
         similarity = similarity + normalized_cross_correlation(fixed, warped, counted)
         # Few voxels are easily alike: what moves out of the field of view counts as the worst there is, 1.
-        overlap = counted.sum() / self.level.fixed.valid.sum().clamp(min=1)
+        overlap = weight.sum() / valid.sum().clamp(min=1)
         return (
             tuning.lambda_sim * (overlap * similarity + 1 - overlap)
             + tuning.lambda_smooth * smoothness(voxels, self.level.lattice.spacing_mm)

@@ -62,9 +62,9 @@ def test_one_patients_fit_never_reaches_the_next(pair) -> None:
     assert not any(p.requires_grad or p.grad is not None for p in network.parameters())
 
 
-def network_pair(pair: tuple[Volume, Volume]) -> NetworkPair:
+def network_pair(pair: tuple[Volume, Volume], spacing_mm: float = 8.0) -> NetworkPair:
     fixed, moving = (prepared(volume, None, "An", CPU) for volume in pair)
-    return NetworkPair.of(fixed, moving, np.eye(4), 8.0)
+    return NetworkPair.of(fixed, moving, np.eye(4), spacing_mm)
 
 
 def test_tuning_stops_at_its_epochs_its_seconds_or_where_nothing_is_gained(pair) -> None:
@@ -104,6 +104,28 @@ def test_moving_out_of_the_field_of_view_never_lowers_the_loss(pair) -> None:
 
     assert losses[0] < losses[1] < losses[2] < losses[3]
     assert losses[3] == 1
+
+
+def test_half_a_voxel_beyond_the_outer_slices_still_counts_and_what_slips_farther_is_pulled_back() -> None:
+    k, j, i = np.meshgrid(*[np.arange(16)] * 3, indexing="ij")
+    waves = Volume((np.sin(i / 2) + np.cos(j / 3) + np.sin(k / 2.5)).astype(np.float32), bodies.grid((16, 16, 16)))
+    images = network_pair((waves, waves), spacing_mm=1.0)
+    tuning = Tuning(learning_rate=1e-3, lambda_smooth=0.0, alpha_div=0.0)
+    still = torch.zeros_like(images.level.base)
+
+    def shifted(amount: float) -> torch.Tensor:
+        moved = still.clone()
+        moved[2, -1] = amount  # the last slice, outwards
+        return moved.requires_grad_()
+
+    near, far = shifted(0.4), shifted(1.5)
+    losses = [images.loss(voxels, tuning) for voxels in (near, far)]
+    losses[1].backward()
+
+    aligned = float(images.loss(still, tuning))
+    assert float(losses[0].detach()) < aligned + 0.02
+    assert float(losses[1].detach()) > aligned + 0.05
+    assert float(far.grad[2, -1].mean()) > 0
 
 
 def test_padding_keeps_every_voxel_in_its_place(pair) -> None:
