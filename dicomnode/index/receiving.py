@@ -12,7 +12,18 @@ import sqlalchemy as sa
 from dicomnode.errors import LocalError
 from dicomnode.index.database import Database, inserted_key, series_key, stored_instance, upsert
 from dicomnode.index.late import is_in_a_pair
-from dicomnode.index.tables import association, instance, journal, patient, prior_fetch, product, series, study, volume
+from dicomnode.index.tables import (
+    Words,
+    association,
+    instance,
+    journal,
+    patient,
+    prior_fetch,
+    product,
+    series,
+    study,
+    volume,
+)
 from dicomnode.model import Instance, InstanceHeader, Member, RetrievedBy, SeriesActivity, SeriesState, VolumeRef
 
 
@@ -320,7 +331,7 @@ def _is_fetched(
     if retrieved_by is not RetrievedBy.UNKNOWN:
         return retrieved_by is RetrievedBy.NODE
     # What comes after an attempt was given up was asked for too; once all has come, the source may send what it likes.
-    names_it = sa.cast(prior_fetch.c.found, sa.String).contains(series_instance_uid, autoescape=True)
+    names_it = sa.cast(prior_fetch.c.found, Words).contains(series_instance_uid, autoescape=True)
     requests = connection.scalars(sa.select(prior_fetch.c.found).where(prior_fetch.c.state != "done", names_it)).all()
     asked = {request["ae_title"] for request in requests if series_instance_uid in request["series"]}
     if not asked:

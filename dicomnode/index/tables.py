@@ -29,6 +29,29 @@ class UtcDateTime(sa.types.TypeDecorator[datetime]):
         return None if value is None else value.replace(tzinfo=UTC)
 
 
+class Words(sa.types.TypeDecorator[str]):
+    """Text as a database keeps it: no NUL, which PostgreSQL refuses, nothing that is no UTF-8, no longer than `length`.
+
+    Much of it is a sender's, and one instance must never stop the others. What identifies a patient is compared in the
+    volume's facts too, where it stands unaltered.
+    """
+
+    impl = sa.String
+    cache_ok = True
+
+    def __init__(self, length: int | None = None) -> None:
+        super().__init__(length)
+        self.length = length
+        if length is None:
+            self.impl = sa.Text()  # type: ignore[assignment]  # of an instance it is one, says SQLAlchemy
+
+    def process_bind_param(self, value: str | None, dialect: sa.Dialect) -> str | None:  # noqa: ARG002 - the interface has it
+        """Replace what cannot be kept."""
+        if value is None:
+            return None
+        return value.replace("\0", "\ufffd").encode("utf-8", "replace").decode()[: self.length]
+
+
 METADATA = sa.MetaData(
     naming_convention={
         "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -38,7 +61,7 @@ METADATA = sa.MetaData(
     }
 )
 
-UID = sa.String(64)
+UID = Words(64)
 
 
 def _id() -> sa.Column[int]:
@@ -55,8 +78,8 @@ def _stored_instance() -> list[sa.Column[object]]:
         sa.Column("sop_instance_uid", UID, nullable=False, unique=True),
         sa.Column("sop_class_uid", UID, nullable=False),
         sa.Column("transfer_syntax_uid", UID, nullable=False),
-        sa.Column("path", sa.String(200), nullable=False),
-        sa.Column("sha256", sa.String(64), nullable=False),
+        sa.Column("path", Words(200), nullable=False),
+        sa.Column("sha256", Words(64), nullable=False),
         sa.Column("size_bytes", sa.BigInteger, nullable=False),
     ]
 
@@ -64,11 +87,11 @@ def _stored_instance() -> list[sa.Column[object]]:
 def _sealed_instance() -> list[sa.Column[object]]:
     """What `model.JournalEntry` holds: the identifiers are a sender's, whatever their length."""
     return [
-        sa.Column("sop_instance_uid", sa.String(255), nullable=False, index=True),
-        sa.Column("sop_class_uid", sa.String(255), nullable=False),
-        sa.Column("transfer_syntax_uid", sa.String(255), nullable=False),
-        sa.Column("path", sa.String(200), nullable=False, unique=True),
-        sa.Column("sha256", sa.String(64), nullable=False),
+        sa.Column("sop_instance_uid", Words(255), nullable=False, index=True),
+        sa.Column("sop_class_uid", Words(255), nullable=False),
+        sa.Column("transfer_syntax_uid", Words(255), nullable=False),
+        sa.Column("path", Words(200), nullable=False, unique=True),
+        sa.Column("sha256", Words(64), nullable=False),
         sa.Column("size_bytes", sa.BigInteger, nullable=False),
         sa.Column("received_at", UtcDateTime, nullable=False, index=True),
     ]
@@ -78,8 +101,8 @@ patient = sa.Table(
     "patient",
     METADATA,
     _id(),
-    sa.Column("patient_id", sa.String(255), nullable=False),
-    sa.Column("issuer_of_patient_id", sa.String(255), nullable=False),
+    sa.Column("patient_id", Words(255), nullable=False),
+    sa.Column("issuer_of_patient_id", Words(255), nullable=False),
     sa.UniqueConstraint("patient_id", "issuer_of_patient_id"),
 )
 study = sa.Table(
@@ -96,12 +119,12 @@ series = sa.Table(
     _to("study"),
     _to("patient"),
     sa.Column("series_instance_uid", UID, nullable=False, unique=True),
-    sa.Column("modality", sa.String(16), nullable=False),
+    sa.Column("modality", Words(16), nullable=False),
     sa.Column("is_own_output", sa.Boolean, nullable=False),
     sa.Column("is_fetched", sa.Boolean, nullable=False, server_default=sa.false()),
-    sa.Column("state", sa.String(16), nullable=False, index=True),
-    sa.Column("reason", sa.Text, nullable=False),
-    sa.Column("note", sa.Text, nullable=False),
+    sa.Column("state", Words(16), nullable=False, index=True),
+    sa.Column("reason", Words, nullable=False),
+    sa.Column("note", Words, nullable=False),
     sa.Column("last_received_at", UtcDateTime, nullable=False),
     sa.Column("complete_at", UtcDateTime),  # when the last instance came that it was complete with
 )
@@ -109,13 +132,13 @@ association = sa.Table(
     "association",
     METADATA,
     _id(),
-    sa.Column("calling_ae_title", sa.String(64), nullable=False),
-    sa.Column("called_ae_title", sa.String(64), nullable=False),
-    sa.Column("address", sa.String(64), nullable=False),
+    sa.Column("calling_ae_title", Words(64), nullable=False),
+    sa.Column("called_ae_title", Words(64), nullable=False),
+    sa.Column("address", Words(64), nullable=False),
     sa.Column("opened_at", UtcDateTime, nullable=False),
     sa.Column("closed_at", UtcDateTime, index=True),
-    sa.Column("key", sa.String(32), unique=True, index=True),
-    sa.Column("outcome", sa.String(200), nullable=False, server_default=""),
+    sa.Column("key", Words(32), unique=True, index=True),
+    sa.Column("outcome", Words(200), nullable=False, server_default=""),
     sa.Column("stored", sa.Integer, nullable=False, server_default="0"),
     sa.Column("refused", sa.Integer, nullable=False, server_default="0"),
 )
@@ -126,7 +149,7 @@ journal = sa.Table(
     _to("association"),
     *_sealed_instance(),
     sa.Column("attempts", sa.Integer, nullable=False),
-    sa.Column("retrieved_by", sa.String(8), nullable=False, server_default=""),
+    sa.Column("retrieved_by", Words(8), nullable=False, server_default=""),
 )
 quarantine = sa.Table(
     "quarantine",
@@ -134,7 +157,7 @@ quarantine = sa.Table(
     _id(),
     _to("association"),
     *_sealed_instance(),
-    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("reason", Words, nullable=False),
 )
 instance = sa.Table(
     "instance",
@@ -150,12 +173,12 @@ commitment = sa.Table(
     METADATA,
     _id(),
     sa.Column("transaction_uid", UID, nullable=False),
-    sa.Column("calling_ae_title", sa.String(64), nullable=False),
-    sa.Column("address", sa.String(64), nullable=False),
+    sa.Column("calling_ae_title", Words(64), nullable=False),
+    sa.Column("address", Words(64), nullable=False),
     sa.Column("references", sa.JSON, nullable=False),
-    sa.Column("state", sa.String(16), nullable=False, index=True),
+    sa.Column("state", Words(16), nullable=False, index=True),
     sa.Column("attempts", sa.Integer, nullable=False),
-    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("reason", Words, nullable=False),
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("next_attempt_at", UtcDateTime, nullable=False),
     sa.UniqueConstraint("transaction_uid", "calling_ae_title"),
@@ -172,12 +195,12 @@ rule_set = sa.Table(
     "rule_set",
     METADATA,
     sa.Column("version", sa.Integer, primary_key=True),
-    sa.Column("sha256", sa.String(64), nullable=False),
-    sa.Column("text", sa.Text, nullable=False),
-    sa.Column("written", sa.Text, nullable=False),
-    sa.Column("source", sa.String(16), nullable=False),
-    sa.Column("author", sa.String(64), nullable=False),
-    sa.Column("comment", sa.Text, nullable=False),
+    sa.Column("sha256", Words(64), nullable=False),
+    sa.Column("text", Words, nullable=False),
+    sa.Column("written", Words, nullable=False),
+    sa.Column("source", Words(16), nullable=False),
+    sa.Column("author", Words(64), nullable=False),
+    sa.Column("comment", Words, nullable=False),
     sa.Column("created_at", UtcDateTime, nullable=False),
 )
 decision = sa.Table(
@@ -194,16 +217,16 @@ work_item = sa.Table(
     METADATA,
     _id(),
     _to("patient"),
-    sa.Column("rule_id", sa.String(64), nullable=False),
+    sa.Column("rule_id", Words(64), nullable=False),
     sa.Column("rule_version", sa.ForeignKey("rule_set.version"), nullable=False),
-    sa.Column("scope", sa.String(255), nullable=False),
-    sa.Column("state", sa.String(16), nullable=False, index=True),
-    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("scope", Words(255), nullable=False),
+    sa.Column("state", Words(16), nullable=False, index=True),
+    sa.Column("reason", Words, nullable=False),
     sa.Column("fixed", sa.JSON, nullable=False),
     sa.Column("moving", sa.JSON, nullable=False),
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("closed_at", UtcDateTime),
-    sa.Column("closed_by", sa.String(64), nullable=False),
+    sa.Column("closed_by", Words(64), nullable=False),
     sa.UniqueConstraint("patient_id", "rule_id", "scope"),
 )
 prior_fetch = sa.Table(
@@ -212,12 +235,12 @@ prior_fetch = sa.Table(
     _id(),
     _to("patient"),
     sa.Column("study_instance_uid", UID, nullable=False),
-    sa.Column("rule_id", sa.String(64), nullable=False),
-    sa.Column("source", sa.String(64), nullable=False),
-    sa.Column("state", sa.String(16), nullable=False, index=True),
+    sa.Column("rule_id", Words(64), nullable=False),
+    sa.Column("source", Words(64), nullable=False),
+    sa.Column("state", Words(16), nullable=False, index=True),
     sa.Column("attempts", sa.Integer, nullable=False),
     sa.Column("next_attempt_at", UtcDateTime, nullable=False),
-    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("reason", Words, nullable=False),
     sa.Column("request", sa.JSON, nullable=False),
     sa.Column("found", sa.JSON, nullable=False),
     sa.Column("created_at", UtcDateTime, nullable=False),
@@ -227,7 +250,7 @@ pair = sa.Table(
     "pair",
     METADATA,
     _id(),
-    sa.Column("rule_id", sa.String(64), nullable=False),
+    sa.Column("rule_id", Words(64), nullable=False),
     sa.Column("rule_version", sa.ForeignKey("rule_set.version"), nullable=False),
     _to("series", name="fixed_series_id"),
     sa.Column("fixed_volume_number", sa.Integer, nullable=False),
@@ -235,7 +258,7 @@ pair = sa.Table(
     sa.Column("moving_volume_number", sa.Integer, nullable=False),
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("decision_id", sa.ForeignKey("decision.id"), index=True),
-    sa.Column("job_id", sa.String(36), nullable=False, index=True),
+    sa.Column("job_id", Words(36), nullable=False, index=True),
     sa.Column("superseded_at", UtcDateTime),
     sa.Index(
         "uq_pair_standing",
@@ -252,15 +275,15 @@ pair = sa.Table(
 job = sa.Table(
     "job",
     METADATA,
-    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("id", Words(36), primary_key=True),
     _to("pair"),
-    sa.Column("state", sa.String(16), nullable=False, index=True),
-    sa.Column("stage", sa.String(16), nullable=False),
+    sa.Column("state", Words(16), nullable=False, index=True),
+    sa.Column("stage", Words(16), nullable=False),
     sa.Column("progress", sa.Float, nullable=False),
     sa.Column("stage_started_at", UtcDateTime),
     sa.Column("attempts", sa.Integer, nullable=False),
-    sa.Column("verdict", sa.String(16)),
-    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("verdict", Words(16)),
+    sa.Column("reason", Words, nullable=False),
     sa.Column("report", sa.JSON, nullable=False),
     sa.Column("provenance", sa.LargeBinary),  # compressed JSON
     sa.Column("created_at", UtcDateTime, nullable=False),
@@ -271,7 +294,7 @@ product = sa.Table(
     METADATA,
     _id(),
     sa.Column("job_id", sa.ForeignKey("job.id"), nullable=False, index=True),
-    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("kind", Words(16), nullable=False),
     *_stored_instance(),
 )
 delivery = sa.Table(
@@ -279,11 +302,11 @@ delivery = sa.Table(
     METADATA,
     _id(),
     _to("product"),
-    sa.Column("destination", sa.String(64), nullable=False),
-    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("destination", Words(64), nullable=False),
+    sa.Column("state", Words(16), nullable=False),
     sa.Column("status", sa.Integer),
     sa.Column("attempts", sa.Integer, nullable=False),
-    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("reason", Words, nullable=False),
     sa.Column("next_attempt_at", UtcDateTime, nullable=False),
     sa.Column("updated_at", UtcDateTime, nullable=False),
     sa.Column("priority", sa.Integer, nullable=False, server_default="1"),  # 0 first
@@ -298,17 +321,17 @@ delivery = sa.Table(
 destination_hold = sa.Table(
     "destination_hold",
     METADATA,
-    sa.Column("destination", sa.String(64), primary_key=True),
-    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("destination", Words(64), primary_key=True),
+    sa.Column("reason", Words, nullable=False),
     sa.Column("held_at", UtcDateTime, nullable=False),
 )
 commitment_request = sa.Table(
     "commitment_request",
     METADATA,
     sa.Column("transaction_uid", UID, primary_key=True),
-    sa.Column("destination", sa.String(64), nullable=False),
-    sa.Column("state", sa.String(16), nullable=False, index=True),
-    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("destination", Words(64), nullable=False),
+    sa.Column("state", Words(16), nullable=False, index=True),
+    sa.Column("reason", Words, nullable=False),
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("expires_at", UtcDateTime, nullable=False),
 )

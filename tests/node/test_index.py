@@ -16,6 +16,7 @@ from dicomnode.errors import LocalError
 from dicomnode.index import Added, Attempt, Index, Which
 from dicomnode.index.tables import METADATA
 from dicomnode.model import (
+    Ambiguity,
     DeliveryPriority,
     DeliveryState,
     Instance,
@@ -100,6 +101,32 @@ def test_migrating_twice_changes_nothing(index: Index) -> None:
     index.migrate()
 
     assert len(index.activities()) == 1
+
+
+@pytest.mark.parametrize("text", ["A\0B", "A\udcffB", "A" * 5000])
+def test_no_text_of_a_sender_stops_the_index(index: Index, text: str) -> None:
+    one = InstanceHeader(text, text, text, text, f"1.1.{text[1:40]}", f"1.2.{text[1:40]}", text, is_own_output=False)
+    association = index.open_association(calling_ae_title=text, called_ae_title=text, address="::1", now=NOW)
+    index.add_instance(stored("1.2.1"), one, association_id=association, now=NOW)
+    index.close_association(association, now=NOW)
+    (activity,) = index.activities()
+    described = replace(facts(activity), header={"SeriesDescription": text}, patient_id=text)
+
+    index.note_series(activity.series_instance_uid, text)
+    index.complete_series(
+        activity, state=SeriesState.UNPAIRED, reason=text, note=text, volumes=[(described, [Member("1.2.1", ())])]
+    )
+    version = index.rule_set_version("rules", "sha", now=NOW)
+    index.add_pairs(
+        [], {activity.series_instance_uid: text}, rule_version=version, enqueue=no_queue, now=NOW,
+        patient_of=(activity.patient_id, activity.issuer_of_patient_id), trace=[text],
+        ambiguities=[Ambiguity("r", text, text, ((text, 0),), ((text, 0),))],
+    )  # fmt: skip
+
+    (volume,) = index.volumes_of(activity.patient_id, activity.issuer_of_patient_id)
+    assert volume.patient_id == text  # what persons are compared by stays as it came
+    assert index.traces_of(activity.series_instance_uid)[0]["trace"] == [text]
+    assert len(index.work_items()) == 1
 
 
 @pytest.mark.parametrize("index", ["sqlite"], indirect=True)
