@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from registration_engine.devices import autocast_type
@@ -72,17 +72,27 @@ def load_model(name: str, *, device: str | torch.device = "cpu") -> LoadedModel:
     InvalidRequestError
         No such model ships, or its file is not the one the manifest names.
     """
-    shipped = {model.name: model for model in models()}
-    if name not in shipped:
-        raise InvalidRequestError(f"Model: got {name!r}, expected one of {', '.join(shipped) or 'none shipped yet'}")
-    row = shipped[name]
-    path = WEIGHTS / row.file
-    digest = sha256_of(path)
+    row, content = _shipped(name)
+    digest = hashlib.sha256(content).hexdigest()
     if digest != row.sha256:
         raise InvalidRequestError(f"Model {name}: {row.file} has sha256 {digest}, expected {row.sha256}")
     network = UNet(ARCHITECTURES[name], channels_last=autocast_type(torch.device(device)) is not None)
-    network.load_state_dict(load_file(path))
+    network.load_state_dict(load(content))
     return LoadedModel(name, row.sha256, network.requires_grad_(False).eval().to(device))
+
+
+def _shipped(name: str) -> tuple[ShippedModel, bytes]:
+    rows = models()
+    shipped = {model.name: model for model in rows}
+    if name not in shipped:
+        raise InvalidRequestError(f"Model: got {name!r}, expected one of {', '.join(shipped) or 'none shipped yet'}")
+    row = shipped[name]
+    try:
+        return row, (WEIGHTS / row.file).read_bytes()
+    except FileNotFoundError:
+        if models() != rows:  # published anew between the two reads
+            return _shipped(name)
+        raise InvalidRequestError(f"Model {name}: its file {row.file} is not there") from None
 
 
 def models() -> list[ShippedModel]:
@@ -97,6 +107,9 @@ def models() -> list[ShippedModel]:
 def publish(state: Path) -> ShippedModel:
     """Make the weights of a training run the shipped ones of its model.
 
+    A file is named by its content and the manifest changes at one stroke: a worker that loads a model meanwhile gets
+    the old weights whole or the new ones, and its next job the new ones.
+
     Raises
     ------
     InvalidRequestError
@@ -109,21 +122,26 @@ def publish(state: Path) -> ShippedModel:
     network = UNet(ARCHITECTURES[name])
     network.load_state_dict(weights)
     content = save(weights)
+    digest = hashlib.sha256(content).hexdigest()
     row = ShippedModel(
         name=name,
-        file=f"{name}.safetensors",
-        sha256=hashlib.sha256(content).hexdigest(),
+        file=f"{name}-{digest[:12]}.safetensors",
+        sha256=digest,
         parameters=parameters_of(network),
         steps=int(metadata["step"]),
         shape=tuple(config["shape"]),
         seconds=round(float(metadata["seconds"])),
         device=metadata["device"],
     )
-    rows = [*(model for model in models() if model.name != name), row]
+    before = models()
+    rows = [*(model for model in before if model.name != name), row]
     _write_atomically(WEIGHTS / row.file, content)
     rows.sort(key=lambda model: model.name)
     manifest = json.dumps([vars(model) for model in rows], indent=2) + "\n"
     _write_atomically(WEIGHTS / _MANIFEST, manifest.encode())
+    for old in before:
+        if old.name == name and old.file != row.file:
+            (WEIGHTS / old.file).unlink(missing_ok=True)
     return row
 
 

@@ -267,6 +267,35 @@ def test_published_weights_are_what_load_model_loads(tmp_path: Path, monkeypatch
         checkpoint.load_model("teacher")
 
 
+def test_a_model_published_while_another_loads_is_loaded_whole_and_the_old_file_goes(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path / "weights")
+    for seed in (1, 2):
+        run(train, config(tmp_path / str(seed), epochs=1, pairs_per_epoch=1, seed=seed))
+    first = checkpoint.publish(tmp_path / "1" / "state.safetensors")
+    told, read = [], checkpoint.models
+
+    def published_meanwhile() -> list[checkpoint.ShippedModel]:
+        rows = read()
+        if not told:
+            told.append(rows)
+            checkpoint.publish(tmp_path / "2" / "state.safetensors")
+        return rows
+
+    monkeypatch.setattr(checkpoint, "models", published_meanwhile)
+
+    loaded = checkpoint.load_model("student")
+
+    (second,) = read()
+    assert told == [[first]]
+    assert loaded.sha256 == second.sha256 != first.sha256
+    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == ["manifest.json", second.file]
+    (tmp_path / "weights" / second.file).unlink()
+    with pytest.raises(InvalidRequestError, match=f"its file {second.file} is not there"):
+        checkpoint.load_model("student")
+
+
 def test_the_shipped_weights_are_whole_small_and_described() -> None:
     rows = checkpoint.models()
 
