@@ -425,7 +425,8 @@ class Job:
     Attributes
     ----------
     stage
-        The step in hand: volumes, registration, verdict, objects, deliver, or empty before the first.
+        The step in hand: volumes, registration, verdict, objects, deliver, or empty before the first. While images
+        are registered, the engine's own stage (prepare, linear, field, judge) or "phase 12/30".
     attempts
         How often a worker took it up; a clean stop does not count.
     """

@@ -22,6 +22,9 @@ from registration_engine import Preset, Volume
 from registration_engine.devices import describe_device
 from registration_engine.dynamic import register_4d
 
+_SHARES = {"prepare": (0.0, 0.1), "linear": (0.1, 0.3), "field": (0.3, 0.95), "judge": (0.95, 1.0)}
+"""From where to where each stage of the engine takes a registration, by the time it needs."""
+
 
 class _Phases(Sequence[Volume]):
     """The phases of a dynamic series, each read when it is asked for."""
@@ -41,6 +44,9 @@ def register(
 ) -> None:
     """Register, and sample each result on the very grid that will be delivered.
 
+    `progress` is called with the stage of the engine, or with the phase in hand, and the share of the whole that is
+    done, which falls only where the engine starts anew for want of memory.
+
     Raises
     ------
     RegistrationRejectedError
@@ -53,7 +59,11 @@ def register(
             _register_phases(folder, preset, device, seed, progress)
             return
         fixed, moving = (volumes.load(folder.datasets(role)) for role in ("fixed", "moving"))
-        found = registration_engine.register(fixed, moving, preset=preset, device=device, seed=seed, progress=progress)
+
+        def told(stage: str, part: float) -> None:
+            progress(stage, _share(stage, part))
+
+        found = registration_engine.register(fixed, moving, preset=preset, device=device, seed=seed, progress=told)
         folder.write_result(Result(found, objects.sample_grid(found), datetime.now(UTC)))
     except registration_engine.ImplausibleResultError as error:
         raise RegistrationRejectedError(str(error)) from error
@@ -68,16 +78,28 @@ def _register_phases(
     order = folder.order
     phases = _Phases(order, lambda role: volumes.load(folder.datasets(role)))
     failed: dict[str, str] = {}
-    registered = register_4d(phases, reference=order.index("fixed"), preset=preset, device=device, seed=seed)
-    for done, phase in enumerate(registered, start=1):
+    done = 0
+
+    def told(number: int, stage: str, part: float) -> None:
+        progress(f"phase {number + 1}/{len(order)}", (done + _share(stage, part)) / (len(order) - 1))
+
+    registered = register_4d(
+        phases, reference=order.index("fixed"), preset=preset, device=device, seed=seed, progress=told
+    )
+    for phase in registered:
         role = order[phase.number]
         if phase.registration is None:
             failed[role] = f"phase {phase.number}: {phase.error}"
         else:
             sampled = objects.sample_grid(phase.registration)
             folder.write_result(Result(phase.registration, sampled, datetime.now(UTC)), role)
-        progress("phases", done / (len(order) - 1))
+        done += 1
     folder.write_json("failed", failed)
+
+
+def _share(stage: str, part: float) -> float:
+    start, end = _SHARES[stage]
+    return start + part * (end - start)
 
 
 def judge_pairs(folder: JobFolder, thresholds: Thresholds) -> tuple[Verdict, str, dict[str, Any]]:

@@ -87,10 +87,10 @@ class Jobs(Withdrawals):
                 job.update().where(job.c.id == job_id).values(stage=stage, progress=0.0, stage_started_at=now)
             )
 
-    def set_progress(self, job_id: str, progress: float) -> None:
-        """Note how much of the step in hand is done, 0 to 1."""
+    def set_progress(self, job_id: str, progress: float, stage: str) -> None:
+        """Note how much of the step in hand is done, 0 to 1, and at what it is."""
         with self._writing() as connection:
-            connection.execute(job.update().where(job.c.id == job_id).values(progress=progress))
+            connection.execute(job.update().where(job.c.id == job_id).values(progress=progress, stage=stage))
 
     def judge_job(
         self,

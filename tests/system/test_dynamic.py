@@ -14,7 +14,7 @@ import pytest
 from held import Held
 
 from dicomnode import config as configuration
-from dicomnode import volumes, workflow
+from dicomnode import steps, volumes, workflow
 from dicomnode.model import JobState
 from dicomnode.steps import Steps
 
@@ -55,7 +55,7 @@ def dynamic() -> list[Any]:
 
 
 @pytest.mark.parametrize("output", ["series", "series_4d"])
-def test_all_phases_are_one_job_and_come_back_as_asked(tmp_path: Path, output: str) -> None:
+def test_all_phases_are_one_job_and_come_back_as_asked(tmp_path: Path, output: str, monkeypatch: Any) -> None:
     held, sent = Held(tmp_path / "node"), dynamic()
     workflow.migrate(held.url)
     held.put_rules(RULES.format(output=output))
@@ -67,11 +67,22 @@ def test_all_phases_are_one_job_and_come_back_as_asked(tmp_path: Path, output: s
     assert {pair.fixed_volume_number for pair in pairs} == {PHASES // 2}
     assert sorted(pair.moving_volume_number for pair in pairs) == [n for n in range(PHASES) if n != PHASES // 2]
 
+    noted: list[tuple[str, float]] = []
+    note = held.index.set_progress
+    monkeypatch.setattr(steps, "PROGRESS_EVERY_S", 0.0)
+    monkeypatch.setattr(held.index, "set_progress", lambda *told: (noted.append((told[2], told[1])), note(*told)))
+
     for step in Steps(configuration.load(held.config), held.index, held.archive).in_order().values():
         step(job_id)
 
     (job,) = held.index.status()["jobs"]
     assert job["state"] == JobState.DONE
+    shares = [share for _, share in noted]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert len(set(shares)) > 20 * (PHASES - 1)
+    others = [*range(PHASES // 2 + 1, PHASES), *range(PHASES // 2 - 1, -1, -1)]
+    assert list(dict.fromkeys(stage for stage, _ in noted)) == [f"phase {n + 1}/{PHASES}" for n in others]
     assert len(job["report"]["phases"]) == PHASES - 1
     made = [pydicom.dcmread(held.archive.path(each.instance)) for each in held.index.products_of(job_id)]
     series = Counter(str(each.SeriesInstanceUID) for each in made)
