@@ -6,7 +6,6 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -98,8 +97,8 @@ def register(
     torch_device = device_named(device)
     say = progress or (lambda *_: None)
     attempts = [("full", chosen)]
-    if chosen.iterations[1:]:
-        attempts.append(("lean", replace(chosen, voxels=chosen.voxels // 8, iterations=chosen.iterations[:-1])))
+    if (leaner := chosen.leaner()) is not None:
+        attempts.append(("lean", leaner))
     for profile, spent in attempts:
         try:
             network = _network(chosen, model, torch_device)

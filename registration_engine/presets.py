@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from registration_engine.errors import InvalidRequestError
@@ -47,6 +47,8 @@ class Tuning:
         Whichever comes first.
     lambda_sim, lambda_smooth, alpha_div
         Weights of similarity, of |grad u|² and of (div u)².
+    coarsening
+        Times the voxel side that the device would take.
     stops_early
         End where ten epochs gained less than a thousandth.
     bf16
@@ -59,6 +61,7 @@ class Tuning:
     alpha_div: float = 0.1
     epochs: int = 100
     seconds: float = 60.0
+    coarsening: float = 1.0
     stops_early: bool = False
     bf16: bool = True
 
@@ -107,6 +110,14 @@ class Preset:
     def is_deformable(self) -> bool:
         """Whether more than a linear map is looked for."""
         return bool(self.iterations) or self.tuning is not None
+
+    def leaner(self) -> Preset | None:
+        """The same at half the resolution, an eighth of the memory; None where nothing can be saved."""
+        if self.tuning is not None:
+            return replace(self, tuning=replace(self.tuning, coarsening=2 * self.tuning.coarsening))
+        if self.iterations[1:]:
+            return replace(self, voxels=self.voxels // 8, iterations=self.iterations[:-1])
+        return None
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(

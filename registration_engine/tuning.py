@@ -99,7 +99,7 @@ def refine(
     """
     tuning = preset.tuning
     assert tuning is not None
-    pair = NetworkPair.of(fixed, moving, moving_from_fixed, working_spacing(fixed, network))
+    pair = NetworkPair.of(fixed, moving, moving_from_fixed, tuning.coarsening * working_spacing(fixed, network))
     lowest, best = np.inf, torch.zeros_like(pair.level.base)
     learned = copy.deepcopy(network.state_dict())
     for part, loss, voxels in tuned(pair, network, tuning, adapts=adapts):

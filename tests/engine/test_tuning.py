@@ -106,6 +106,23 @@ def test_moving_out_of_the_field_of_view_never_lowers_the_loss(pair) -> None:
     assert losses[3] == 1
 
 
+def test_too_little_memory_tunes_at_half_the_resolution_and_says_so(pair, monkeypatch) -> None:
+    sides, of = [], NetworkPair.of
+
+    def run_out(fixed, moving, moving_from_fixed, spacing_mm) -> NetworkPair:
+        found = of(fixed, moving, moving_from_fixed, spacing_mm)
+        sides.append(spacing_mm)
+        if len(sides) == 1:
+            raise torch.OutOfMemoryError
+        return found
+
+    monkeypatch.setattr(NetworkPair, "of", staticmethod(run_out))
+    short = replace(QUICK, tuning=replace(QUICK.tuning, epochs=2))
+
+    assert register(*pair, preset=short, model=model()).report.profile == "lean"
+    assert sides == [8.0, 16.0]
+
+
 def test_half_a_voxel_beyond_the_outer_slices_still_counts_and_what_slips_farther_is_pulled_back() -> None:
     k, j, i = np.meshgrid(*[np.arange(16)] * 3, indexing="ij")
     waves = Volume((np.sin(i / 2) + np.cos(j / 3) + np.sin(k / 2.5)).astype(np.float32), bodies.grid((16, 16, 16)))
