@@ -101,6 +101,12 @@ class JobFolder:
         inputs = self.inputs(role)
         return volumes.read([self._archive.path(each) for each, _ in inputs], [frames for _, frames in inputs])
 
+    def headers(self, role: str) -> SourceSeries:
+        """One role as the objects refer to it, without its pixels."""
+        inputs = self.inputs(role)
+        paths, frames = [self._archive.path(each) for each, _ in inputs], [frames for _, frames in inputs]
+        return SourceSeries.of(volumes.read_headers(paths, frames), self.digests(role))
+
     def digests(self, role: str) -> dict[str, str]:
         """sha256 of each instance's data set by SOP Instance UID."""
         return {each.sop_instance_uid: each.sha256 for each, _ in self.inputs(role)}

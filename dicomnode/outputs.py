@@ -21,6 +21,7 @@ ALL_OUTPUTS = (
     "jacobian",
     "displacement",
     "overlap",
+    "uptake",
     "blending",
     "contours",
     "segmentations",

@@ -142,6 +142,21 @@ def split(slices: Sequence[Slice]) -> list[Part]:
     )
 
 
+def seconds_since_first(slices: Sequence[Slice], ordered: Sequence[Sequence[int]]) -> list[float | None]:
+    """When each phase began, from the first element that rises through all of them."""
+    factors: tuple[tuple[str, float], ...] = (
+        ("TemporalPositionTimeOffset", 1.0), ("AcquisitionDateTime", 1.0), ("AcquisitionTime", 1.0),
+        ("TriggerTime", 1e-3), ("FrameReferenceTime", 1e-3), ("ContentTime", 1.0),
+    )  # fmt: skip
+    for key, factor in factors:
+        starts = [[m for n in group if (m := _moment(slices[n], key)) is not None] for group in ordered]
+        if all(starts):
+            first = [min(each) for each in starts]
+            if all(a < b for a, b in pairwise(first)):
+                return [round((at - first[0]) * factor, 6) for at in first]
+    return [None] * len(ordered)
+
+
 def _is_same_plane(one: Slice, other: Slice) -> bool:
     return (
         one.size == other.size
@@ -238,7 +253,7 @@ def _parts(slices: Sequence[Slice], groups: Sequence[Sequence[int]], keys: Seque
     parts = []
     for _, phases in sorted(by_contrast.items(), key=lambda item: _sortable(item[0])):
         ordered = _in_time(slices, phases)
-        seconds = _seconds_since_first(slices, ordered)
+        seconds = seconds_since_first(slices, ordered)
         for index, group in enumerate(ordered):
             first = min(group, key=lambda n: (_moment(slices[n], keys[-1]) or 0.0, n))
             parts.append(
@@ -275,21 +290,6 @@ def _in_time(slices: Sequence[Slice], phases: Sequence[Sequence[int]]) -> list[S
         if None not in starts and len(set(starts)) == len(starts):
             return [group for _, group in sorted(zip(starts, phases, strict=True), key=lambda pair: pair[0] or 0.0)]
     return sorted(phases, key=min)
-
-
-def _seconds_since_first(slices: Sequence[Slice], ordered: Sequence[Sequence[int]]) -> list[float | None]:
-    """When each phase began, from the first element that rises through all of them."""
-    factors: tuple[tuple[str, float], ...] = (
-        ("TemporalPositionTimeOffset", 1.0), ("AcquisitionDateTime", 1.0), ("AcquisitionTime", 1.0),
-        ("TriggerTime", 1e-3), ("FrameReferenceTime", 1e-3), ("ContentTime", 1.0),
-    )  # fmt: skip
-    for key, factor in factors:
-        starts = [[m for n in group if (m := _moment(slices[n], key)) is not None] for group in ordered]
-        if all(starts):
-            first = [min(each) for each in starts]
-            if all(a < b for a, b in pairwise(first)):
-                return [round((at - first[0]) * factor, 6) for at in first]
-    return [None] * len(ordered)
 
 
 def _moment(each: Slice, key: str) -> float | None:

@@ -6,7 +6,7 @@ Law: the same folder gives the same objects; nothing here asks the index, nor kn
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -18,6 +18,7 @@ from dicomnode.job_folder import JobFolder, Result
 from dicomnode.model import Job, Verdict
 from dicomnode.objects import Provenance, SourceSeries
 from dicomnode.rule import Rule
+from dicomnode.uptake import Moment, measure_uptake
 from dicomnode.verdict import of_all
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class Maker:
         accepted = [role for role in registered if judged[role][0] != Verdict.REJECT]
         fixed = folder.source("fixed")
         with_4d = "series_4d" in rule.outputs
-        outputs = [name for name in rule.outputs if name not in ("series_4d", *objects.CARRIED)]
+        outputs = [name for name in rule.outputs if name not in ("series_4d", "uptake", *objects.CARRIED)]
         outputs += ["series"] if with_4d else []
         outputs += ["sro_affine"] if rule.registration.affine_sro else []
         digests = [digest for role in order for digest in folder.digests(role).values()]
@@ -94,6 +95,8 @@ class Maker:
                 yield kind, placed(dataset, role) if with_4d and kind == "series" else dataset
             if not is_rejected:
                 yield from self._carried(role, fixed, moving, reason)
+        if "uptake" in rule.outputs and accepted:
+            yield from self._uptake(fixed, accepted, overall)
 
     def _carried(
         self, role: str, fixed: SourceSeries, moving: SourceSeries, warning: str
@@ -114,6 +117,33 @@ class Maker:
                     )
                 except StudyError as error:
                     log.warning("job %s: not carried over: %s", self.job.id, error)
+
+    def _uptake(self, fixed: SourceSeries, accepted: Sequence[str], warning: str) -> Iterator[tuple[str, Dataset]]:
+        """The uptake curves over all phases; those that were not accepted have no registered value."""
+        folder, order = self.folder, self.folder.order
+
+        def moment(number: int) -> Moment:
+            role = order[number]
+            image = volumes.load(folder.datasets(role))
+            if role not in accepted:
+                return Moment(image, is_registered=role == "fixed")
+            return Moment(image, is_registered=True, field=folder.result(role).sampled.field)
+
+        sources = {role: fixed if role == "fixed" else folder.headers(role) for role in order}
+        seconds = volumes.seconds_of([sources[role].datasets for role in order])
+        found = measure_uptake(volumes.load(fixed.datasets), len(order), moment, seconds=seconds)
+        if found is None:
+            log.warning("job %s: no uptake curves: no part of the body is in every registered phase", self.job.id)
+            return
+        yield from objects.uptake_objects(
+            fixed,
+            [source for role, source in sources.items() if role != "fixed"],
+            found,
+            provenance=self.provenance(folder.result(accepted[0])),
+            warning=warning,
+            store_in=self.rule.store_in,
+            description=self.rule.series.description,
+        )
 
     def provenance(self, result: Result) -> Provenance:
         """How one pair's objects came about, as they tell it."""

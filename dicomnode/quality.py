@@ -150,7 +150,7 @@ def measure(
     """
     grid, every = thinned(fixed.grid, LARGEST_VOXELS)
     image = Volume(fixed.voxels[every], grid)
-    body = _body(image)
+    body = body_of(image)
     outside = float(moving.voxels.min())
     unmoved, registered = (warp(moving, field, grid, outside=outside) for field in (None, delivered))
     overlap = reached(moving.grid, delivered, grid)
@@ -202,13 +202,14 @@ def thinned(grid: Grid, largest: int) -> tuple[Grid, tuple[slice, slice, slice]]
     )
 
 
-_JACOBIAN = ("jacobian_min", "jacobian_p01", "jacobian_median", "jacobian_p99", "jacobian_max")
-
-
-def _body(image: Volume) -> Mask:
+def body_of(image: Volume) -> Mask:
+    """What is brighter than air in an image (Z, Y, X). Raises InvalidVolumeError as `measure` does."""
     from registration_engine import prepare  # brings torch, which only workers have a need of
 
     return prepare.body(image)
+
+
+_JACOBIAN = ("jacobian_min", "jacobian_p01", "jacobian_median", "jacobian_p99", "jacobian_max")
 
 
 def _on(grid: Grid, own: Grid, values: npt.NDArray[np.float32]) -> Map:

@@ -301,6 +301,8 @@ class Rule(Section):
             )
         if "series_4d" in self.outputs and self.split is None:
             raise ProblemError(("outputs",), "series_4d", "split in the rule: one 4D series needs phases")
+        if "uptake" in self.outputs and self.split is None:
+            raise ProblemError(("outputs",), "uptake", "split in the rule: uptake over time needs phases")
         if "series_4d" in self.outputs and self.series.resolution != "fixed":
             raise ProblemError(("series", "resolution"), self.series.resolution, "fixed: a 4D series has one grid")
         if "blending" in self.outputs and "series" not in self.outputs:

@@ -141,9 +141,21 @@ def heat_map(
 
 
 def curves(
-    series: Mapping[str, Sequence[float]], *, title: str, across: str, up: str, size: tuple[int, int] = (720, 400)
+    series: Mapping[str, Sequence[float]],
+    *,
+    title: str,
+    across: str,
+    up: str,
+    size: tuple[int, int] = (720, 400),
+    at: Sequence[float] = (),
 ) -> Image.Image:
-    """Curves over phases, one colour each, with axes and a legend. Values that are not finite are left out."""
+    """Curves over phases, one colour each, with axes and a legend. Values that are not finite are left out.
+
+    Parameters
+    ----------
+    at
+        Where each value stands, rising; by default at 0, 1, 2 ...
+    """
     picture = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(picture)
     left, top, right, bottom = 76, 40, size[0] - 20, size[1] - 52
@@ -157,14 +169,16 @@ def curves(
         y = bottom - (tick - low) / (high - low) * (bottom - top)
         draw.line((left, y, right, y), FAINT)
         draw.text((left - 8, y), f"{tick:.4g}", INK, font(12), "rm")
-    for phase in range(0, longest, max(1, longest // 10)):
-        x = left + phase / max(longest - 1, 1) * (right - left)
-        draw.text((x, bottom + 6), str(phase), INK, font(12), "mt")
+    places = list(at) or [float(n) for n in range(longest)]
+    start, span = (places[0], places[-1] - places[0] or 1.0) if places else (0.0, 1.0)
+    xs = [left + (place - start) / span * (right - left) for place in places]
+    for tick in _ticks(start, start + span) if at else range(0, longest, max(1, longest // 10)):
+        draw.text((left + (tick - start) / span * (right - left), bottom + 6), f"{tick:.4g}", INK, font(12), "mt")
     for n, (name, values) in enumerate(series.items()):
         color = LINES[n % len(LINES)]
         points = [
-            (left + k / max(longest - 1, 1) * (right - left), bottom - (v - low) / (high - low) * (bottom - top))
-            for k, v in enumerate(values)
+            (x, bottom - (v - low) / (high - low) * (bottom - top))
+            for x, v in zip(xs, values, strict=False)
             if np.isfinite(v)
         ]
         if len(points) > 1:
@@ -177,6 +191,13 @@ def curves(
     draw.text(((left + right) / 2, size[1] - 14), across, INK, font(12), "mm")
     draw.text((8, top - 12), up, INK, font(12), "lm")
     return picture
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers from `low` to `high`, ten at most."""
+    power = 10.0 ** np.floor(np.log10((high - low) / 10))
+    step = next(step for step in (power, 2 * power, 5 * power, 10 * power) if (high - low) / step <= 9)
+    return [float(n * step) for n in range(int(np.ceil(low / step)), int(np.floor(high / step)) + 1)]
 
 
 def sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]]) -> Image.Image:

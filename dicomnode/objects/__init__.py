@@ -28,6 +28,7 @@ from dicomnode.objects.secondary_capture import secondary_captures
 from dicomnode.objects.segmentations import carried_segmentation
 from dicomnode.objects.series import registered_series
 from dicomnode.objects.spatial import spatial_registration
+from dicomnode.objects.uptake_objects import uptake_objects
 from dicomnode.quality import measure
 from dicomnode.volumes import load
 from registration_engine import Registration, Volume
@@ -35,6 +36,7 @@ from registration_engine import Registration, Volume
 __all__ = [
     "Drawing", "Provenance", "SampledField", "SourceSeries", "as_phase", "belongs_to", "build", "carried", "check",
     "description_4d", "reference_phase", "rejection_note", "sample_grid", "series_4d_uid",
+    "uptake_objects",
 ]  # fmt: skip
 
 REPORTS = ("sr",)

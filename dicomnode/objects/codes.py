@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pydicom import Dataset
+from pydicom.sr.coding import Code
 
 from dicomnode.objects.common import code
 
@@ -12,6 +13,11 @@ PRIVATE_SCHEME = "99DICOMNODE"
 def private_code(value: str, meaning: str) -> Dataset:
     """A code of our own, for what the DICOM Controlled Terminology has none for."""
     return code(value, meaning, PRIVATE_SCHEME)
+
+
+def concept(value: str, meaning: str) -> Code:
+    """The same as a report's content takes it."""
+    return Code(value, PRIVATE_SCHEME, meaning)
 
 
 def explain_codes(dataset: Dataset) -> None:

@@ -264,7 +264,7 @@ def own_object(
     dataset.SoftwareVersions = software_versions(subject.provenance)
     dataset.ContributingEquipmentSequence = [contributing_equipment(subject, dataset)]
     dataset.InstanceNumber = index + 1
-    refer(dataset, [(series.first, series.references()) for series in (subject.fixed, subject.moving)])
+    refer(dataset, by_series([*subject.fixed.datasets, *subject.moving.datasets]))
     dataset.remove_private_tags()  # those within copied sequences
     return dataset
 
@@ -358,6 +358,14 @@ def refer(target: Dataset, referred: Iterable[tuple[Dataset, Sequence[Dataset]]]
         target.ReferencedSeriesSequence = here
     if elsewhere:
         target.StudiesContainingOtherReferencedInstancesSequence = [_study(*each) for each in elsewhere.items()]
+
+
+def by_series(datasets: Iterable[Dataset]) -> list[tuple[Dataset, list[Dataset]]]:
+    """What `refer` takes: of each series one instance, and references to all that are here."""
+    series: dict[str, list[Dataset]] = {}
+    for dataset in datasets:
+        series.setdefault(str(dataset.SeriesInstanceUID), []).append(dataset)
+    return [(several[0], references(several)) for several in series.values()]
 
 
 def reference(dataset: Dataset, *, purpose: Dataset | None = None) -> Dataset:

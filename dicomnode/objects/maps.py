@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from pydicom import Dataset
-from pydicom.tag import Tag
 from pydicom.uid import ParametricMapStorage, SegmentationStorage
 
 from dicomnode.objects.codes import explain_codes, private_code
@@ -19,7 +18,7 @@ from dicomnode.objects.common import (
     pair_description,
     set_frame_of_reference,
 )
-from dicomnode.objects.map_frames import set_frames
+from dicomnode.objects.map_frames import index_by_segment, set_bits, set_frames
 from dicomnode.quality import Map, Quality, thinned
 from dicomnode.volumes import SOFTWARE_NAME
 
@@ -113,7 +112,7 @@ def overlap_segmentation(subject: Subject, quality: Quality) -> Dataset:
     identify_content(dataset, "OVERLAP", "What the registered image reaches")
     explain_codes(dataset)
     set_frames(dataset, subject, quality.fixed.grid, code("113076", "Segmentation"))
-    _index_by_segment(dataset)
+    index_by_segment(dataset, [(1, k) for k in range(quality.fixed.grid.shape[0])])
     dataset.SegmentSequence = [
         _item(
             SegmentNumber=1,
@@ -125,32 +124,8 @@ def overlap_segmentation(subject: Subject, quality: Quality) -> Dataset:
             SegmentedPropertyTypeCodeSequence=[private_code("OVERLAP", "Valid overlap of a registration")],
         )
     ]
-    dataset.ImageType = ["DERIVED", "PRIMARY"]
-    dataset.SegmentationType = "BINARY"
-    dataset.LossyImageCompression = "00"
-    dataset.SamplesPerPixel = 1
-    dataset.PhotometricInterpretation = "MONOCHROME2"
-    dataset.BitsAllocated = dataset.BitsStored = 1
-    dataset.HighBit = dataset.PixelRepresentation = 0
-    packed = np.packbits(quality.overlap.ravel(), bitorder="little").tobytes()  # PS3.5 8.1.1: frames have no gaps
-    dataset.PixelData = packed + b"\0" * (len(packed) % 2)
-    dataset["PixelData"].VR = "OB"
+    set_bits(dataset, [quality.overlap])
     return dataset
-
-
-def _index_by_segment(dataset: Dataset) -> None:
-    """Every frame is of segment 1; readers look for the segment's number among the dimensions of each frame."""
-    first = dataset.DimensionIndexSequence[0]
-    by_segment = _item(
-        DimensionOrganizationUID=first.DimensionOrganizationUID,
-        DimensionIndexPointer=Tag("ReferencedSegmentNumber"),
-        FunctionalGroupPointer=Tag("SegmentIdentificationSequence"),
-    )
-    dataset.DimensionIndexSequence = [by_segment, first]
-    for frame in dataset.PerFrameFunctionalGroupsSequence:
-        frame.SegmentIdentificationSequence = [_item(ReferencedSegmentNumber=1)]
-        content = frame.FrameContentSequence[0]
-        content.DimensionIndexValues = [1, content.InStackPositionNumber]
 
 
 def _real_world(quantity: Quantity, name: Dataset, stored: Map) -> Dataset:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from highdicom import sr
@@ -15,11 +16,13 @@ from pydicom import Dataset
 from pydicom.sr.coding import Code
 from pydicom.uid import EnhancedSRStorage
 
-from dicomnode.objects.codes import PRIVATE_SCHEME, explain_codes
+from dicomnode.objects.codes import concept, explain_codes
 from dicomnode.objects.common import Subject, _uid, own_object, pair_description
 from dicomnode.objects.texts import ascii_text
 from dicomnode.quality import Figures
 from dicomnode.volumes import SOFTWARE_NAME
+
+Group = sr.MeasurementsAndQualitativeEvaluations | sr.VolumetricROIMeasurementsAndQualitativeEvaluations
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,15 @@ _UNITS = {"1": "no units", "mm": "millimeter", "deg": "degree"}
 
 def measurement_report(subject: Subject, figures: Figures) -> Dataset:
     """Write the figures and the verdict; a figure that could not be measured is left out."""
-    dataset = own_object(
-        subject, EnhancedSRStorage, "sr", modality="SR", number=4100, description=f"QC {pair_description(subject)}"[:64]
-    )
+    description = f"QC {pair_description(subject)}"
+    dataset = report_object(subject, "sr", number=4100, description=description)
+    write_groups(dataset, subject, [_group(subject, figures)])
+    return dataset
+
+
+def report_object(subject: Subject, kind: str, *, number: int, description: str) -> Dataset:
+    """An Enhanced SR that says nothing yet; `refer` and `write_groups` make it whole."""
+    dataset = own_object(subject, EnhancedSRStorage, kind, modality="SR", number=number, description=description[:64])
     for keyword in ("BodyPartExamined", "Laterality"):  # of images
         dataset.pop(keyword, None)
     explain_codes(dataset)
@@ -75,17 +84,21 @@ def measurement_report(subject: Subject, figures: Figures) -> Dataset:
     dataset.PerformedProcedureCodeSequence = []
     dataset.CompletionFlag = "COMPLETE"
     dataset.VerificationFlag = "UNVERIFIED"
+    return dataset
+
+
+def write_groups(dataset: Dataset, subject: Subject, groups: Sequence[Group]) -> None:
+    """The content, TID 1500, of measurement groups; what was referred to becomes its evidence."""
     _turn_references_into_evidence(dataset)
     (content,) = sr.MeasurementReport(
         observation_context=_observed_by(subject),
         procedure_reported=Code("110002", "DCM", "Quality Control"),
-        imaging_measurements=[_group(subject, figures)],
+        imaging_measurements=groups,
         language_of_content_item_and_descendants=sr.LanguageOfContentItemAndDescendants(
             sr.CodedConcept("en-US", "RFC5646", "English (United States)")
         ),
     )
     dataset.update(content)
-    return dataset
 
 
 def _group(subject: Subject, figures: Figures) -> sr.MeasurementsAndQualitativeEvaluations:
@@ -95,12 +108,12 @@ def _group(subject: Subject, figures: Figures) -> sr.MeasurementsAndQualitativeE
             uid=subject.uid("sr tracking"),
             identifier=f"Registration of series {_number(subject.moving.first)} to {_number(subject.fixed.first)}",
         ),
-        finding_type=_code("REG_QUALITY", "Quality of a registration"),
+        finding_type=concept("REG_QUALITY", "Quality of a registration"),
         method=Code("125024", "DCM", "Image Content-based Alignment"),
-        algorithm_id=_algorithm(subject),
+        algorithm_id=algorithm(subject),
         measurements=[
             sr.Measurement(
-                name=_code(each.code, each.meaning),
+                name=concept(each.code, each.meaning),
                 value=measured[name],
                 unit=Code(each.unit, "UCUM", _UNITS[each.unit]),
             )
@@ -108,7 +121,7 @@ def _group(subject: Subject, figures: Figures) -> sr.MeasurementsAndQualitativeE
             if name in measured
         ],
         qualitative_evaluations=[
-            sr.QualitativeEvaluation(_code("VERDICT", "Verdict"), _code(subject.verdict, VERDICTS[subject.verdict]))
+            sr.QualitativeEvaluation(concept("VERDICT", "Verdict"), concept(subject.verdict, VERDICTS[subject.verdict]))
         ],
         source_images=[
             sr.SourceImageForMeasurementGroup(
@@ -129,7 +142,8 @@ def _group(subject: Subject, figures: Figures) -> sr.MeasurementsAndQualitativeE
     return group
 
 
-def _algorithm(subject: Subject) -> sr.AlgorithmIdentification:
+def algorithm(subject: Subject) -> sr.AlgorithmIdentification:
+    """TID 4019: this software, and how the registration was made."""
     made_by = subject.provenance
     parameters = {
         "rule": made_by.rule_id,
@@ -190,7 +204,3 @@ def _taken(dataset: Dataset, keyword: str) -> list[Dataset]:
 
 def _number(dataset: Dataset) -> str:
     return str(dataset.get("SeriesNumber") or "without number")
-
-
-def _code(value: str, meaning: str) -> Code:
-    return Code(value, PRIVATE_SCHEME, meaning)

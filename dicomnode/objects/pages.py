@@ -21,9 +21,9 @@ from registration_engine.pictures import DIVERGING, HEAT, INK, PAPER, Plane, fon
 Window = tuple[float, float]
 SIZE = (1280, 1024)
 """(columns, rows) of every page, so that a viewer shows a stack of one size."""
-_GAP, _CAPTION, _HEAD, _FOOT, _BAR = 8, 20, 56, 26, 32
+_GAP, _CAPTION, HEAD, FOOT, _BAR = 8, 20, 56, 26, 32
 _COLUMNS, _ROWS = 4, 3
-_MARK, _DIM = (255, 214, 102), (150, 150, 156)
+MARK, DIM = (255, 214, 102), (150, 150, 156)
 _BADGES = {"ACCEPT": (0, 135, 95), "WARN": (200, 135, 0), "REJECT": (200, 50, 30)}
 
 
@@ -138,7 +138,7 @@ def _plane_page(
     normal = pictures.PLANES[which]
     slices = turned.shape[normal]
     rows, columns = (n * mm for k, (n, mm) in enumerate(zip(turned.shape, axes.spacing_mm, strict=True)) if k != normal)
-    cell = ((SIZE[0] - _GAP) // _COLUMNS - _GAP, (SIZE[1] - _HEAD - _FOOT - _BAR) // _ROWS - _CAPTION - _GAP)
+    cell = ((SIZE[0] - _GAP) // _COLUMNS - _GAP, (SIZE[1] - HEAD - FOOT - _BAR) // _ROWS - _CAPTION - _GAP)
     per_mm = min(cell[0] / columns, cell[1] / rows)
     side = max(int(per_mm * max(rows, columns)), 1)
 
@@ -171,12 +171,12 @@ def _plane_page(
         _map("Jacobian determinant, 1 = unchanged", jacobian, limits, DIVERGING, ticks),
     ]
     title = f"{which.capitalize()} plane {why}: {_place(which, index, slices)}"
-    page, draw = _empty_page(title, words)
-    height = (SIZE[1] - _HEAD - _FOOT - _BAR) // _ROWS
+    page, draw = empty_page(title, words)
+    height = (SIZE[1] - HEAD - FOOT - _BAR) // _ROWS
     for n, (caption, picture, bar) in enumerate(tiles):
         left = _GAP + (n % _COLUMNS) * (cell[0] + _GAP)
-        top = _HEAD + (n // _COLUMNS) * height
-        _text(draw, (left, top + _CAPTION // 2), caption, 13, cell[0])
+        top = HEAD + (n // _COLUMNS) * height
+        text_line(draw, (left, top + _CAPTION // 2), caption, 13, cell[0])
         box = (left + (cell[0] - picture.width) // 2, top + _CAPTION)
         page.paste(picture, box)
         _orient(draw, box, picture, axes.letters(which))
@@ -226,17 +226,17 @@ def _place(which: Plane, index: int, slices: int) -> str:
 
 
 def _figures_page(quality: Quality, words: Words) -> Image.Image:
-    page, draw = _empty_page("Figures", words)
-    y, split = _HEAD + 12, 660
+    page, draw = empty_page("Figures", words)
+    y, split = HEAD + 12, 660
     for line in textwrap.wrap(words.reason, 120)[:4]:
-        draw.text((24, y), line, _MARK, font(16), "lt")
+        draw.text((24, y), line, MARK, font(16), "lt")
         y += 24
     draw.text((24, y), f"{words.moving}  registered to  {words.fixed}", INK, font(18), "lt")
     y += 36
     for heading, rows in _table(quality.figures):
-        draw.text((24, y), heading[0], _MARK, font(15), "lt")
+        draw.text((24, y), heading[0], MARK, font(15), "lt")
         for x, text in zip((430, 530, 630), heading[1:], strict=True):
-            draw.text((x, y), text, _DIM, font(14), "rt")
+            draw.text((x, y), text, DIM, font(14), "rt")
         y += 25
         for name, *values in rows:
             draw.text((36, y), name, INK, font(15), "lt")
@@ -245,13 +245,13 @@ def _figures_page(quality: Quality, words: Words) -> Image.Image:
             y += 23
         y += 12
     for line in words.made_by:
-        _text(draw, (24, y + 7), line, 13, split - 40, _DIM)
+        text_line(draw, (24, y + 7), line, 13, split - 40, DIM)
         y += 19
     for n, (title, up, lines) in enumerate(_along(quality, words)):
         chart = pictures.curves(
             lines, title=title, across="slice, from the feet", up=up, size=(SIZE[0] - split - 8, 440)
         )
-        page.paste(chart, (split, _HEAD + 12 + n * 452))
+        page.paste(chart, (split, HEAD + 12 + n * 452))
     return page
 
 
@@ -320,21 +320,22 @@ def _along(quality: Quality, words: Words) -> list[tuple[str, str, dict[str, lis
     return [("Patch-wise NMI of each slice", "mean", patches), ("Displacement of each slice", "mean, mm", lengths)]
 
 
-def _empty_page(title: str, words: Words) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+def empty_page(title: str, words: Words) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    """A page with its title, the verdict, and at the foot what it was made with."""
     page = Image.new("RGB", SIZE, PAPER)
     draw = ImageDraw.Draw(page)
     badge = f"{words.verdict}: {words.meaning.lower()}"
     width = int(draw.textlength(badge, font(17))) + 28
     draw.rounded_rectangle((SIZE[0] - width - 12, 10, SIZE[0] - 12, 42), 6, _BADGES[words.verdict])
     draw.text((SIZE[0] - 12 - width / 2, 26), badge, (255, 255, 255), font(17), "mm")
-    draw.text((12, 16), "Quality of a registration", _DIM, font(13), "lm")
-    _text(draw, (12, 37), title, 18, SIZE[0] - width - 40)
+    draw.text((12, 16), "Quality of a registration", DIM, font(13), "lm")
+    text_line(draw, (12, 37), title, 18, SIZE[0] - width - 40)
     foot = "Quality control of a registration, not for diagnosis.  " + ";  ".join(words.made_by[:2])
-    _text(draw, (12, SIZE[1] - _FOOT // 2), foot, 12, SIZE[0] - 24, _DIM)
+    text_line(draw, (12, SIZE[1] - FOOT // 2), foot, 12, SIZE[0] - 24, DIM)
     return page, draw
 
 
-def _text(
+def text_line(
     draw: ImageDraw.ImageDraw,
     at: tuple[float, float],
     text: str,
@@ -360,14 +361,14 @@ def _orient(
         ((center, y + picture.height - 3), bottom, "mb"),
         ((x + 4, middle), left, "lm"),
     ):
-        draw.text(at, text, _MARK, font(13), anchor, stroke_width=2, stroke_fill=(0, 0, 0))
+        draw.text(at, text, MARK, font(13), anchor, stroke_width=2, stroke_fill=(0, 0, 0))
 
 
 def _scale_bar(draw: ImageDraw.ImageDraw, box: tuple[int, int], picture: Image.Image, per_mm: float) -> None:
     length = next((mm for mm in (100, 50, 20, 10, 5) if mm * per_mm <= 0.4 * picture.width), 2)
     x, y = box[0] + 10, box[1] + picture.height - 10
-    draw.line((x, y, x + length * per_mm, y), _MARK, 3)
-    draw.text((x, y - 5), f"{length} mm", _MARK, font(12), "lb", stroke_width=2, stroke_fill=(0, 0, 0))
+    draw.line((x, y, x + length * per_mm, y), MARK, 3)
+    draw.text((x, y - 5), f"{length} mm", MARK, font(12), "lb", stroke_width=2, stroke_fill=(0, 0, 0))
 
 
 def _color_bar(page: Image.Image, draw: ImageDraw.ImageDraw, at: tuple[int, int], width: int, bar: _Bar) -> None:

@@ -26,12 +26,13 @@ def secondary_captures(subject: Subject, quality: Quality) -> Iterator[Dataset]:
         window_of(quality.fixed.voxels, quality.body, header_window(subject.fixed)),
         window_of(quality.registered.voxels, quality.body & quality.overlap, header_window(subject.moving)),
     )
+    description = f"QC pages {pair_description(subject)}"
     for index, (title, picture) in enumerate(pages(quality, words_of(subject), windows)):
-        yield secondary_capture(subject, "sc", title, picture, number=_NUMBER, index=index)
+        yield secondary_capture(subject, "sc", title, picture, number=_NUMBER, description=description, index=index)
 
 
 def secondary_capture(
-    subject: Subject, kind: str, title: str, picture: Image.Image, *, number: int, index: int = 0
+    subject: Subject, kind: str, title: str, picture: Image.Image, *, number: int, description: str, index: int = 0
 ) -> Dataset:
     """A picture that names no patient as one Secondary Capture image in 24-bit colour."""
     dataset = own_object(
@@ -40,7 +41,7 @@ def secondary_capture(
         kind,
         modality="OT",
         number=number,
-        description=f"QC pages {pair_description(subject)}"[:64],
+        description=description[:64],
         index=index,
     )
     dataset.ConversionType = "WSD"  # made on a workstation

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from highdicom.seg import Segmentation
 from pydicom import Dataset
-from pydicom.tag import Tag
 from pydicom.uid import SegmentationStorage
 
 from dicomnode.errors import StudyError
 from dicomnode.objects.carrying import Drawing, carried_values, refer_to_drawing
 from dicomnode.objects.common import Subject, code, identify_content, own_object, set_frame_of_reference
-from dicomnode.objects.map_frames import set_frames
+from dicomnode.objects.map_frames import index_by_segment, set_frames
 from dicomnode.volumes import SOFTWARE_NAME
 from registration_engine import DisplacementField, Grid
 
@@ -108,31 +106,12 @@ def _described(subject: Subject, drawing: Drawing, frames: Sequence[tuple[int, i
     identify_content(dataset, label, "Carried over from the moving series by registration")
     set_frames(dataset, subject, subject.fixed.grid, code("113085", "Spatial resampling"))
     refer_to_drawing(dataset, subject, drawing)
-    by_slice = list(dataset.PerFrameFunctionalGroupsSequence)
-    dataset.PerFrameFunctionalGroupsSequence = [_frame(by_slice[k], number) for number, k in frames]
-    dataset.NumberOfFrames = len(frames)
-    first = dataset.DimensionIndexSequence[0]
-    by_segment = Dataset()
-    by_segment.DimensionOrganizationUID = first.DimensionOrganizationUID
-    by_segment.DimensionIndexPointer = Tag("ReferencedSegmentNumber")
-    by_segment.FunctionalGroupPointer = Tag("SegmentIdentificationSequence")
-    dataset.DimensionIndexSequence = [by_segment, first]
-    del dataset.DimensionOrganizationType  # frames without anything inside are left out
+    index_by_segment(dataset, frames)
     dataset.SegmentSequence = [_segment(item) for item in source.SegmentSequence if item.SegmentNumber != 0]
     dataset.ImageType = ["DERIVED", "PRIMARY"]
     dataset.LossyImageCompression = "00"
     dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
     return dataset
-
-
-def _frame(of_slice: Dataset, number: int) -> Dataset:
-    frame = copy.deepcopy(of_slice)
-    identification = Dataset()
-    identification.ReferencedSegmentNumber = number
-    frame.SegmentIdentificationSequence = [identification]
-    content: Any = frame.FrameContentSequence[0]
-    content.DimensionIndexValues = [number, content.InStackPositionNumber]
-    return frame
 
 
 def _segment(source: Dataset) -> Dataset:

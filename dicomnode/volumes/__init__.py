@@ -44,7 +44,7 @@ from registration_engine import Volume
 __all__ = [
     "CLASSES", "MAX_VOXELS", "SINGLE_FRAME_CLASS", "SOFTWARE_NAME", "Description", "Stack", "describe", "frame_count",
     "frame_number", "geometry", "instance_header", "load", "outline", "promises", "read", "read_headers", "rescale",
-    "single_frame_class", "stored_values",
+    "seconds_of", "single_frame_class", "stored_values",
 ]  # fmt: skip
 
 _BULK = {"OB", "OD", "OF", "OL", "OV", "OW", "SQ", "UN", "UT"}
@@ -141,6 +141,17 @@ def load(datasets: Sequence[Dataset]) -> Volume:
     for k, plane in zip(in_file_order, decoded, strict=True):
         voxels[k] = plane
     return Volume(voxels, ordered.grid)
+
+
+def seconds_of(volumes: Sequence[Sequence[Dataset]]) -> tuple[float, ...]:
+    """From the beginning of the first volume to that of each, in their order; empty where the headers do not tell."""
+    members: list[range] = []
+    slices = [_slice(dataset) for volume in volumes for dataset in volume]
+    for volume in volumes:
+        start = members[-1].stop if members else 0
+        members.append(range(start, start + len(volume)))
+    found = phases.seconds_since_first(slices, members)
+    return tuple(each for each in found if each is not None)
 
 
 def _stacks(images: Sequence[Dataset]) -> tuple[list[tuple[phases.Part, Stack]], list[str]]:

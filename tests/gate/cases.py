@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
@@ -17,8 +17,9 @@ from pydicom import Dataset, dcmread
 from pydicom.dataset import FileDataset
 
 from dicomnode import volumes
-from dicomnode.objects import OUTPUTS, Drawing, SampledField, carried, sample_grid
+from dicomnode.objects import OUTPUTS, Drawing, Provenance, SampledField, carried, sample_grid, uptake_objects
 from dicomnode.objects.planes import RESOLUTIONS
+from dicomnode.uptake import Moment, measure_uptake
 from registration_engine import Registration
 
 Case = dict[str, str]
@@ -161,6 +162,10 @@ def deliver(
         path = folder / ("series" if kind == "series" else "") / f"{kind}{n}.dcm"
         dataset.save_as(path, enforce_file_format=True)
         made.setdefault(kind, []).append(path)
+    for n, (kind, dataset) in enumerate(uptake(fixed, moving, sampled, made_by)):
+        path = folder / f"{kind}{n}.dcm"
+        dataset.save_as(path, enforce_file_format=True)
+        made.setdefault(kind, []).append(path)
     drawn = draw(moving, folder) if with_drawings else []
     for path in drawn:
         drawing = Drawing(dcmread(path), path.stem)
@@ -174,6 +179,18 @@ def deliver(
         dataset.save_as(folder / f"{kind}.dcm", enforce_file_format=True)
         made[kind] = [folder / f"{kind}.dcm"]
     return Delivered(folder, fixed, moving, twins, drawn, made, registration, sampled, resolution)
+
+
+def uptake(
+    fixed: list[Path], moving: list[Path], sampled: SampledField, made_by: Provenance
+) -> Iterator[tuple[str, Dataset]]:
+    """The pair as two phases."""
+    images = [volumes.load(volumes.read(paths)) for paths in (fixed, moving)]
+    moments = [Moment(images[0], is_registered=True), Moment(images[1], is_registered=True, field=sampled.field)]
+    measured = measure_uptake(images[0], 2, moments.__getitem__)
+    assert measured is not None
+    first, second = (make_source(volumes.read_headers(paths)) for paths in (fixed, moving))
+    return uptake_objects(first, [second], measured, provenance=made_by)
 
 
 def draw(moving: list[Path], folder: Path) -> list[Path]:

@@ -212,6 +212,7 @@ def test_the_worked_rules_load() -> None:
         ({"series": {"description": " "}}, "rules[0](r).series.description", " ", "1 to 64 characters"),
         ({"outputs": ["sro", "sro"]}, "rules[0](r).outputs[1]", "sro", "each once"),
         ({"outputs": ["sro", "blending"]}, "rules[0](r).outputs", "blending", "series among them"),
+        ({"outputs": ["series", "uptake"]}, "rules[0](r).outputs", "uptake", "split in the rule"),
         ({"outputs": []}, "rules[0](r).outputs", "a list", "at least one of series, sro, dsr"),
         ({"register": {"preset": "balance"}}, "rules[0](r).register.preset", "balance", "did you mean 'balanced'?"),
         ({"register": {"groupwise": True}}, "rules[0](r).register.groupwise", True, "False"),

@@ -31,7 +31,7 @@ rules:
       moving: {{match: {{phase: others}}, many: true}}
     pair: {{same: [SeriesInstanceUID]}}
     register: {{preset: fast, parameters: {{voxels: 2000}}}}
-    outputs: [{output}]
+    outputs: [{output}, uptake]
 """
 
 
@@ -84,7 +84,12 @@ def test_all_phases_are_one_job_and_come_back_as_asked(tmp_path: Path, output: s
     others = [*range(PHASES // 2 + 1, PHASES), *range(PHASES // 2 - 1, -1, -1)]
     assert list(dict.fromkeys(stage for stage, _ in noted)) == [f"phase {n + 1}/{PHASES}" for n in others]
     assert len(job["report"]["phases"]) == PHASES - 1
-    made = [pydicom.dcmread(held.archive.path(each.instance)) for each in held.index.products_of(job_id)]
+    products = held.index.products_of(job_id)
+    read = [(each.kind, pydicom.dcmread(held.archive.path(each.instance))) for each in products]
+    made, uptake = ([each for kind, each in read if (kind == "uptake") == wanted] for wanted in (False, True))
+    assert [each.Modality for each in uptake] == ["SEG", "SR", "OT"]
+    offsets = [item for item in uptake[1].iterall() if item.keyword == "NumericValue"]
+    assert {60.0 * n for n in range(PHASES)} <= {float(each.value) for each in offsets}  # minutes of Acquisition Time
     series = Counter(str(each.SeriesInstanceUID) for each in made)
     if output == "series":
         assert len(series) == PHASES - 1
