@@ -135,7 +135,16 @@ def _evaluate(options: argparse.Namespace) -> int:
     before, after = [], []
     for number, (image, field_file) in enumerate(zip(options.moving, options.field, strict=True)):
         moving, field = read_volume(image), read_field(field_file)
-        found = evaluate(fixed, moving, field, region, labels=labels, landmarks_mm=landmarks, backward=backward)
+        found = evaluate(
+            fixed,
+            moving,
+            field,
+            region,
+            labels=labels,
+            landmarks_mm=landmarks,
+            backward=backward,
+            normalized=not options.unnormalized,
+        )
         folder = options.out if len(options.moving) == 1 else options.out / f"{number:03d}"
         folder.mkdir(parents=True, exist_ok=True)
         write_evaluation(folder, found, region)
@@ -217,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
         "--landmarks", type=Path, help="CSV: fixed_x,fixed_y,fixed_z,moving_x,moving_y,moving_z; LPS mm"
     )
     evaluate_.add_argument("--region", type=Path, help="measure where this is above 0 (default: the body)")
+    evaluate_.add_argument("--unnormalized", action="store_true", help="patch-wise mutual information in nat, not NMI")
     evaluate_.add_argument("--backward-field", type=Path, help="from moving to fixed, for the inverse consistency")
     return parser
 

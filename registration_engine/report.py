@@ -38,7 +38,7 @@ class Evaluation:
     unmoved, registered
         The moving image on the fixed grid, without and with the field.
     patches
-        Patch-wise NMI maps (Z, Y, X) before and after.
+        Patch-wise maps (Z, Y, X) before and after: NMI, or mutual information in nat.
     """
 
     measures: dict[str, tuple[float, float]]
@@ -89,6 +89,7 @@ def evaluate(
     labels: tuple[Volume, Volume] | None = None,
     landmarks_mm: tuple[Points, Points] | None = None,
     backward: DisplacementField | None = None,
+    normalized: bool = True,
 ) -> Evaluation:
     """Measure one registration.
 
@@ -105,6 +106,8 @@ def evaluate(
     backward
         From moving to fixed space. Without one the field's own numerical inverse stands in, and what is measured is
         whether the field can be inverted.
+    normalized
+        The patch-wise map as 2·I/(H_F + H_M), 0…1; else I in nat, as the paper prints it.
 
     Raises
     ------
@@ -121,11 +124,13 @@ def evaluate(
     both = domain & reached(moving.grid, None, fixed.grid)
     # Without overlap at the start there is nothing to compare with.
     domain = both if both.any() else domain
-    maps = [patch_mutual_information(fixed.voxels, v.voxels, domain) for v in (unmoved, registered)]
+    maps = [
+        patch_mutual_information(fixed.voxels, v.voxels, domain, normalized=normalized) for v in (unmoved, registered)
+    ]
     change = evaluation.volume_change(field, region)
     nan = float("nan")
     measures = {
-        "patch_nmi": (_mean(maps[0]), _mean(maps[1])),
+        "patch_nmi" if normalized else "patch_mi_nat": (_mean(maps[0]), _mean(maps[1])),
         "folding_fraction": (0.0, change.folding_fraction),
         "sdlogj": (0.0, change.sdlogj),
         "max_displacement_mm": (0.0, change.max_displacement_mm),
@@ -174,7 +179,8 @@ def overlay_sheet(found: Evaluation, *, side: int = 320) -> Image.Image:
 
 
 def patch_sheet(found: Evaluation, *, side: int = 320) -> Image.Image:
-    """Patch-wise NMI before and after on one scale, and the gain."""
+    """Patch-wise map before and after on one scale, and the gain."""
+    name = "patch NMI" if "patch_nmi" in found.measures else "patch MI, nat,"
     before, after = found.patches
     finite = np.concatenate([m[np.isfinite(m)] for m in (before, after)])
     highest = float(np.percentile(finite, 99.5)) if finite.size else 1.0
@@ -185,8 +191,8 @@ def patch_sheet(found: Evaluation, *, side: int = 320) -> Image.Image:
         cuts = [pictures.plane(m, found.fixed.grid, which, side=side) for m in (before, after, gain)]
         rows.append(
             [
-                (f"patch NMI before, {which}", pictures.heat_map(cuts[0], (0, highest))),
-                ("patch NMI after", pictures.heat_map(cuts[1], (0, highest))),
+                (f"{name} before, {which}", pictures.heat_map(cuts[0], (0, highest))),
+                (f"{name} after", pictures.heat_map(cuts[1], (0, highest))),
                 ("gain", pictures.heat_map(cuts[2], (-widest, widest), colors=pictures.DIVERGING)),
             ]
         )

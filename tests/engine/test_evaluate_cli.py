@@ -85,14 +85,17 @@ def test_evaluate_of_several_phases_draws_their_uptake(files, tmp_path):
     moving, field = [files / "moving.nii.gz"] * 2, [files / "still.nii.gz", files / "field.nii.gz"]
 
     status = run(
-        "evaluate", "--fixed", files / "fixed.nii.gz", "--moving", *moving, "--field", *field, "--out", tmp_path
-    )
+        "evaluate", "--fixed", files / "fixed.nii.gz", "--moving", *moving, "--field", *field, "--out", tmp_path,
+        "--unnormalized",
+    )  # fmt: skip
 
     assert status == 0
     rows = list(csv.DictReader((tmp_path / "uptake.csv").read_text().splitlines()))
     assert rows[0]["before"] == rows[0]["after"] == rows[1]["before"] != rows[1]["after"]
     assert (tmp_path / "uptake.png").exists()
-    assert (tmp_path / "001" / "evaluation.json").exists()
+    measures = json.loads((tmp_path / "001" / "evaluation.json").read_text())["measures"]
+    assert "patch_nmi" not in measures
+    assert measures["patch_mi_nat"]["after"] > measures["patch_mi_nat"]["before"] > 0
 
 
 @pytest.mark.parametrize(
