@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -199,8 +200,12 @@ def _log_to_stderr(level: str) -> None:
     logging.basicConfig(
         level=level.upper(), format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
-    for chatty in ("alembic", "dbos", "pynetdicom", "pydicom", "highdicom", "PIL"):
+    for chatty in ("alembic", "dbos", "pynetdicom", "highdicom", "PIL"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
+    # What pydicom warns of quotes the data set, line after line; what matters of it stands in quarantine and reasons.
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 def _stop_at_signals() -> threading.Event:

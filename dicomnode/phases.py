@@ -18,13 +18,15 @@ from dicomnode.errors import IncompleteSeriesError
 from dicomnode.model import HeaderValue
 
 CONTRAST_KEYS = (
-    "StackID", "ImageType", "ComplexImageComponent", "ConvolutionKernel", "EchoTime", "EchoNumbers", "InversionTime",
-    "FlipAngle", "DiffusionBValue", "DiffusionGradientOrientation",
+    "StackID", "ImageType", "ComplexImageComponent", "ConvolutionKernel", "KVP", "Units", "EchoTime", "EchoNumbers",
+    "InversionTime", "FlipAngle", "DiffusionBValue", "DiffusionGradientOrientation", "VelocityEncodingDirection",
+    "ASLContext",
 )  # fmt: skip
 """What makes another kind of image, in the order in which it is tried; ImageType without its first two values."""
 TIME_KEYS = (
-    "TemporalPositionIdentifier", "TemporalPositionIndex", "NominalPercentageOfCardiacPhase", "AcquisitionNumber",
-    "FrameReferenceTime", "TriggerTime", "AcquisitionDateTime", "AcquisitionTime", "ContentTime", "SeriesTime",
+    "TemporalPositionIdentifier", "TemporalPositionIndex", "NominalPercentageOfCardiacPhase",
+    "NominalPercentageOfRespiratoryPhase", "AcquisitionNumber", "FrameReferenceTime", "TriggerTime",
+    "AcquisitionDateTime", "AcquisitionTime", "ContentTime", "SeriesTime",
 )  # fmt: skip
 """What makes another moment, in the order in which it is tried."""
 OFFSETS = ("TemporalPositionTimeOffset",)
@@ -38,8 +40,8 @@ MAX_KEYS = 3
 _CLOCKS = ("AcquisitionDateTime", "AcquisitionTime", "ContentTime", "SeriesTime")
 _ORDER = (
     "TemporalPositionIdentifier", "TemporalPositionIndex", "AcquisitionDateTime", "AcquisitionTime", "TriggerTime",
-    "FrameReferenceTime", "NominalPercentageOfCardiacPhase", "ContentTime", "AcquisitionNumber", "SeriesTime",
-    "InstanceNumber",
+    "FrameReferenceTime", "NominalPercentageOfCardiacPhase", "NominalPercentageOfRespiratoryPhase", "ContentTime",
+    "AcquisitionNumber", "SeriesTime", "InstanceNumber",
 )  # fmt: skip
 
 

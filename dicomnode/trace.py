@@ -65,7 +65,7 @@ def title(volume: VolumeRef) -> str:
     number = "".join(f" no. {value}" for value in values_of(volume, "SeriesNumber"))
     described = "".join(f" {str(value)[:64]!r}" for value in values_of(volume, "SeriesDescription"))
     apart = "".join(f", {name} {value}" for name, value in volume.split_by.items())
-    return f"{volume.modality}{number}{described}, {volume.n_slices} slices{apart}"
+    return f"{volume.modality or 'no modality'}{number}{described}, {volume.n_slices} slices{apart}"
 
 
 def _alike(entries: Iterable[Json]) -> Iterator[tuple[list[str], Json]]:

@@ -167,6 +167,12 @@ def _stacks(images: Sequence[Dataset]) -> tuple[list[tuple[phases.Part, Stack]],
     for plane in planes:
         try:
             parts = phases.split([slices[n] for n in plane]) if len(plane) > 1 else [phases.Part((0,))]
+            if len(parts) == len(plane) > 1:
+                by = ", ".join(parts[0].split_by)
+                raise IncompleteSeriesError(
+                    f"{name(images)}: {len(plane)} images of one place, told apart by {by}, expected at least 2 slices "
+                    "of each"
+                )
             found += [(part, geometry([images[plane[n]] for n in part.indices])) for part in parts]
         except StudyError as error:
             errors.append(error)
@@ -227,7 +233,7 @@ def _telling(dataset: Dataset) -> dict[str, HeaderValue]:
             first = _plain(dataset[tag].value)
             first = first[0] if isinstance(first, list) and first else first
             if isinstance(first, int | float):
-                found["DiffusionBValue"] = float(first)
+                found["DiffusionBValue"] = float(first % 100_000)  # GE adds flags far above every b-value
     return found
 
 

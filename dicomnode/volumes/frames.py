@@ -13,7 +13,9 @@ from typing import Any
 
 from pydicom import Dataset
 from pydicom.config import disable_value_validation
+from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement
+from pydicom.tag import Tag
 from pydicom.uid import (
     UID,
     CTImageStorage,
@@ -122,7 +124,9 @@ def _frame(parent: Dataset, number: int, common: list[DataElement], own: Dataset
         frame[element.tag] = element
         single = _SINGLE_FRAME_NAMES.get(element.keyword)
         if single is not None and element.value not in (None, ""):
-            setattr(frame, single, element.value)
+            # a new element: the one of that name may be the instance's own, which every frame shares
+            tag = Tag(single)
+            frame[tag] = DataElement(tag, dictionary_VR(tag), element.value)
     if hasattr(parent, "file_meta"):
         frame.file_meta = parent.file_meta
     return frame

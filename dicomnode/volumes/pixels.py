@@ -148,6 +148,7 @@ def _decoded(parent: Dataset, syntax: UID, group: Sequence[Dataset]) -> Iterator
             raise UnsupportedImageError(
                 f"{name([parent])}: pixels in {syntax.name}, for which there is no decoder here"
             )
+        _check_length(parent)
         # pydicom would take the lowest bits, wherever High Bit is
         yield from iter_pixels(parent, indices=indices, raw=True, correct_unused_bits=False)
         return
@@ -158,6 +159,19 @@ def _decoded(parent: Dataset, syntax: UID, group: Sequence[Dataset]) -> Iterator
         yield from (_decoded_12_bit(parent, coded) for coded in _coded(parent, indices))
         return
     yield from iter_pixels(parent, indices=indices, raw=True, decoding_plugin=DECODERS[syntax])
+
+
+def _check_length(parent: Dataset) -> None:
+    """Refuse uncompressed pixels that are fewer or more than the header says: with other columns, an image slants."""
+    sizes = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated")
+    rows, columns, samples, bits = (int(numbers(parent, keyword, 1)[0]) for keyword in sizes)
+    frames = int(parent.get("NumberOfFrames") or 1)
+    expected, got = frames * rows * columns * samples * bits // 8, len(parent.PixelData or b"")
+    if samples == 1 and bits % 8 == 0 and got not in (expected, expected + expected % 2):
+        raise UnsupportedImageError(
+            f"{name([parent])}: {got} bytes of Pixel Data, expected {expected} for {frames} × {rows} × {columns} "
+            f"pixels of {bits} bits"
+        )
 
 
 def _coded(parent: Dataset, indices: Sequence[int]) -> Iterator[bytes]:

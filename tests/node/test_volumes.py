@@ -187,11 +187,11 @@ def test_huge_sizes_are_refused_before_anything_is_allocated() -> None:
         volumes.load(series)
 
 
-def test_pixels_that_do_not_fill_the_slice_name_the_transfer_syntax() -> None:
+def test_pixels_that_do_not_fill_the_slice_are_refused_with_both_sizes() -> None:
     series = phantoms.make_series()
     series[2].PixelData = series[2].PixelData[:100]
 
-    with pytest.raises(UnsupportedImageError, match="Explicit VR Little Endian cannot be decoded"):
+    with pytest.raises(UnsupportedImageError, match="100 bytes of Pixel Data, expected 5376 for 1 × 48 × 56 pixels"):
         volumes.load(series)
 
 
