@@ -11,7 +11,7 @@ import hashlib
 import os
 import struct
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -22,13 +22,13 @@ from pydicom.filewriter import write_dataset
 
 from dicomnode.errors import LocalError
 from dicomnode.model import Instance, JournalEntry, RetrievedBy
-from dicomnode.spool import PREAMBLE_BYTES, JournalRecord, Source, Spool, fsync_folder, left_behind
+from dicomnode.spool import PREAMBLE_BYTES, JournalRecord, Source, Spool, fsync_folder, left_behind, local_errors
 
 IMPLEMENTATION_CLASS_UID = "2.25.230217732564501373792718796497012300702"
 IMPLEMENTATION_VERSION_NAME = "DICOMNODE_0.1"
 """Who wrote a file and who speaks in an association (PS3.7 D.3.3.2); at most 16 characters."""
 
-_BUFFER_BYTES = 131072
+_PIECE_BYTES = 131072  # larger writes take several times as long: the page cache looks for memory in one piece
 
 
 class Archive:
@@ -51,7 +51,7 @@ class Archive:
         self._incoming = root / "incoming"
         self._spool = Spool(self._incoming)
         instances = root / "instances"
-        with _local_errors():
+        with local_errors:
             self._incoming.mkdir(parents=True, exist_ok=True)
             # All 256 now: an instance is only as durable as the entry of the folder it stands in.
             for number in range(256):
@@ -67,8 +67,10 @@ class Archive:
         LocalError
             The disk is full or failing.
         """
+        path, descriptor = self._spool.take()
         return Incoming(
-            self._spool.take(),
+            path,
+            descriptor,
             sop_class_uid=sop_class_uid,
             sop_instance_uid=sop_instance_uid,
             transfer_syntax_uid=transfer_syntax_uid,
@@ -99,7 +101,7 @@ class Archive:
             sop_instance_uid=incoming.sop_instance_uid,
             sop_class_uid=incoming.sop_class_uid,
             transfer_syntax_uid=incoming.transfer_syntax_uid,
-            path=str(incoming.path.relative_to(self.root)),
+            path=incoming.path.removeprefix(f"{self.root}/"),
             sha256=record.sha256,
             size_bytes=size_bytes,
             received_at=now,
@@ -112,7 +114,7 @@ class Archive:
         Where a file's content is not what was sealed, the digest is the content's.
         """
         for path in left_behind(self._incoming):
-            with _local_errors(), path.open("rb") as file:
+            with local_errors, path.open("rb") as file:
                 record = JournalRecord.decode(file.read(PREAMBLE_BYTES))
                 assert record is not None
                 meta = _read_file_meta(file)
@@ -150,7 +152,7 @@ class Archive:
         """
         instances = []
         folders: set[Path] = set()
-        with _local_errors():
+        with local_errors:
             for entry in entries:
                 sealed = self.root / entry.path
                 path = _kept_path(entry)
@@ -191,10 +193,10 @@ class Archive:
         name = _name(incoming)
         path = f"instances/{name[:2]}/{name}.dcm"
         try:
-            with _local_errors():
+            with local_errors:
                 size_bytes = incoming.sync()
                 kept = self.root / path
-                incoming.path.rename(kept)
+                Path(incoming.path).rename(kept)
                 fsync_folder(kept.parent)
         finally:
             incoming.discard()
@@ -240,7 +242,7 @@ class Archive:
 
     def remove(self, instance: Instance) -> None:
         """Remove a kept file that no index entry names."""
-        with _local_errors():
+        with local_errors:
             self.path(instance).unlink(missing_ok=True)
 
     def path(self, instance: Instance) -> Path:
@@ -251,64 +253,83 @@ class Archive:
 class Incoming:
     """One instance on its way into the archive, in a temporary file; made by `Archive.receive`.
 
-    The file meta information stands in it from the start; `write` takes the data set bytes as they come.
+    The file meta information stands in it from the start; `write` takes the data set bytes as they come. They are
+    hashed and written in large pieces, since every system call hands the interpreter to another association and waits
+    to get it back.
     """
 
-    def __init__(self, path: Path, *, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str) -> None:
+    def __init__(
+        self, path: str, descriptor: int, *, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str
+    ) -> None:
         self.path = path
+        self._descriptor = descriptor
         self._is_sealed = False
         self.sop_class_uid = sop_class_uid
         self.sop_instance_uid = sop_instance_uid
         self.transfer_syntax_uid = transfer_syntax_uid
-        self._digest = hashlib.sha256()
-        header = _file_meta(sop_class_uid, sop_instance_uid, transfer_syntax_uid)
         self.data_set_bytes = 0
-        with _local_errors():
-            self._file = path.open("r+b", buffering=_BUFFER_BYTES)
-            self._file.write(header)
+        self._pending = bytearray(_file_meta(sop_class_uid, sop_instance_uid, transfer_syntax_uid))
+        self._meta_bytes = self._hashed = len(self._pending)
+        self._is_begun = False
+        self._digest = hashlib.sha256()
 
     @property
     def sha256(self) -> str:
         """Of the data set bytes written so far."""
+        with memoryview(self._pending) as pending:
+            self._digest.update(pending[self._hashed :])
+        self._hashed = len(self._pending)
         return self._digest.hexdigest()
 
     def write(self, data: bytes | memoryview) -> None:
         """Append data set bytes; LocalError if the disk does not take them."""
-        self._digest.update(data)
         self.data_set_bytes += len(data)
-        with _local_errors():
-            self._file.write(data)
+        self._pending += data
+        if len(self._pending) >= _PIECE_BYTES:
+            self.flush()
 
     def flush(self) -> None:
         """Let others read, at `path`, what was written; LocalError if the disk does not take it."""
-        with _local_errors():
-            self._file.flush()
+        self._is_begun = True
+        with local_errors, memoryview(self._pending) as pending:
+            self._digest.update(pending[self._hashed :])
+            at = 0
+            while at < len(pending):
+                at += os.write(self._descriptor, pending[at : at + _PIECE_BYTES])
+        self._pending.clear()
+        self._hashed = 0
 
     def seal(self, record: bytes) -> int:
-        """Write the journal record over the preamble, make all of it durable, close; the file's size in bytes."""
-        with _local_errors():
-            self._file.seek(0)
-            self._file.write(record)
+        """Put the journal record into the preamble, make all of it durable, close; the file's size in bytes."""
+        if self._is_begun:
+            with local_errors:
+                os.pwrite(self._descriptor, record, 0)
+        else:
+            self._pending[: len(record)] = record
         size_bytes = self.sync()
-        self._file.close()
+        self._close()
         self._is_sealed = True
         return size_bytes
 
     def sync(self) -> int:
         """Make the content durable and return the file's size in bytes."""
         self.flush()
-        with _local_errors():
-            os.fsync(self._file.fileno())
-            return os.fstat(self._file.fileno()).st_size
+        with local_errors:
+            os.fsync(self._descriptor)
+        return self._meta_bytes + self.data_set_bytes
 
     def discard(self) -> None:
         """Close the file, and remove it unless it was sealed or kept. May be called twice."""
         if self._is_sealed:
             return
-        with suppress(OSError):  # closing may fail on bytes that a full disk did not take: not wanted any more
-            self._file.close()
+        self._close()
         with suppress(OSError):  # what cannot be removed now, `recover` removes
-            self.path.unlink(missing_ok=True)
+            Path(self.path).unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 def _kept_path(entry: JournalEntry) -> str:
@@ -362,11 +383,3 @@ def _text_element(element: int, vr: bytes, text: str) -> bytes:
     if len(value) % 2:
         value += b"\x00" if vr == b"UI" else b" "
     return struct.pack("<HH2sH", 0x0002, element, vr, len(value)) + value
-
-
-@contextmanager
-def _local_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise LocalError(f"archive: {error}") from error

@@ -11,8 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -167,12 +166,12 @@ class Intake:
             The disk is full or failing; nothing was kept.
         """
         incoming = reception.incoming
-        with self._one_at_a_time_if_first_wins(incoming):
-            entry = self._archive.seal(incoming, source, now=self.clock(), retrieved_by=retrieved_by)
-            key = source.key.hex()
-            with self._lock:
-                self._associations.setdefault(key, _record(source, opened_at))
-                self._entries.append((key, entry))
+        if self._duplicates is DuplicatePolicy.KEEP_FIRST:
+            with self._first_wins:
+                self._refuse_other_content(incoming)
+                self._seal(incoming, source, opened_at, retrieved_by)
+        else:
+            self._seal(incoming, source, opened_at, retrieved_by)
         self._wake.set()
 
     def ended(self, source: Source, opened_at: datetime, *, outcome: str, stored: int, refused: int) -> None:
@@ -190,19 +189,21 @@ class Intake:
         """Write down what has come so far; LocalError if the database does not take it."""
         self._enrol()
 
-    @contextmanager
-    def _one_at_a_time_if_first_wins(self, incoming: Incoming) -> Iterator[None]:
-        if self._duplicates is not DuplicatePolicy.KEEP_FIRST:
-            yield
-            return
-        with self._first_wins:
-            uid = incoming.sop_instance_uid
-            with self._lock:
-                waiting = {entry.sha256 for _, entry in self._entries if entry.sop_instance_uid == uid}
-            known = waiting | self._index.contents_of(uid)
-            if known and incoming.sha256 not in known:
-                raise DuplicateError("SOP Instance UID is stored with other content")
-            yield
+    def _refuse_other_content(self, incoming: Incoming) -> None:
+        uid = incoming.sop_instance_uid
+        with self._lock:
+            waiting = {entry.sha256 for _, entry in self._entries if entry.sop_instance_uid == uid}
+        known = waiting | self._index.contents_of(uid)
+        if known and incoming.sha256 not in known:
+            raise DuplicateError("SOP Instance UID is stored with other content")
+
+    def _seal(self, incoming: Incoming, source: Source, opened_at: datetime, retrieved_by: RetrievedBy) -> None:
+        entry = self._archive.seal(incoming, source, now=self.clock(), retrieved_by=retrieved_by)
+        key = source.key.hex()
+        with self._lock:
+            if key not in self._associations:
+                self._associations[key] = _record(source, opened_at)
+            self._entries.append((key, entry))
 
     def _free_bytes(self) -> int:
         at, free = self._free

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import socket
 import ssl
+import struct
 import threading
 import time
 from collections import Counter
@@ -220,7 +221,7 @@ class _Connection:
         except ProtocolError as error:
             outcome = "protocol error"
             self._finish(_End(outcome, self._layer.abort(error.reason), str(error)))
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):
             outcome = "timed out"
             self._finish(_End(outcome, self._layer.abort() if self._messages else b""))  # PS3.8 9.2.3, AA-2 in Sta2
         except OSError as error:  # TLS errors too
@@ -316,11 +317,23 @@ class _Connection:
             self._send,
         )
         identity = Identity(IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME)
-        self._socket.settimeout(listener.network_timeout_s)
+        _wait_at_most(self._socket, listener.network_timeout_s)
         self._socket.sendall(self._layer.accept(request, answers, implementation=identity))
 
     def _send(self, context_id: int, command: bytes, data_set: bytes) -> None:
         self._socket.sendall(self._layer.message(context_id, command, data_set))
+
+
+def _wait_at_most(connection: socket.socket, seconds: float) -> None:
+    """Bound every later send and receive; BlockingIOError or TimeoutError after so long."""
+    if isinstance(connection, ssl.SSLSocket):
+        connection.settimeout(seconds)
+        return
+    # The system's own time-out spares a poll before each call.
+    connection.settimeout(None)
+    whole, part = divmod(seconds, 1)
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(whole), int(part * 1e6)))
 
 
 def addresses_of(host: str) -> set[str]:

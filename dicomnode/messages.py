@@ -53,6 +53,11 @@ class Messages:
     ) -> None:
         self._source = source
         self._contexts = contexts
+        self._storage = {
+            number
+            for number, context in contexts.items()
+            if negotiation.is_storage(context.abstract_syntax, unknown_sop_classes=True)
+        }
         self._intake = intake
         self._commitment = commitment
         self._send = send
@@ -99,7 +104,7 @@ class Messages:
             raise ProtocolError(f"message in presentation context {command.context_id}, which was not accepted")
         self._command, self._failure, self._reception = command, None, None
         self._argument.clear()
-        if command.field == dimse.C_STORE_RQ and command.has_data_set and _is_storage(context.abstract_syntax):
+        if command.field == dimse.C_STORE_RQ and command.has_data_set and context.id in self._storage:
             try:
                 self._reception = self._intake.begin(
                     sop_class_uid=command.sop_class_uid,
@@ -201,10 +206,6 @@ class Messages:
     def _answer(self, status: int, comment: str = "") -> None:
         assert self._command is not None
         self._send(self._command.context_id, dimse.response(self._command, status, comment), b"")
-
-
-def _is_storage(abstract_syntax: str) -> bool:
-    return negotiation.is_storage(abstract_syntax, unknown_sop_classes=True)
 
 
 def _retrieved_by(command: Command, source: Source) -> RetrievedBy:

@@ -18,9 +18,10 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 
 from dicomnode.errors import LocalError
@@ -116,22 +117,27 @@ class Spool:
         self._folder = folder
         self._own: Path | None = None
         self._lock_file = -1
-        self._names: list[Path] = []
+        self._names: list[str] = []
         self._number = 0
         self._lock = threading.Lock()
 
-    def take(self) -> Path:
-        """An empty file whose name is durable; LocalError if the disk has no room for it."""
-        with self._lock, _local_errors():
-            if not self._names or not self._names[-1].exists():  # somebody may have taken the folder away
+    def take(self) -> tuple[str, int]:
+        """An empty file whose name is durable: path and descriptor; LocalError if the disk has no room for it."""
+        with self._lock, local_errors:
+            if not self._names:
                 self._make_names()
-            return self._names.pop()
+            try:
+                descriptor = os.open(self._names[-1], os.O_RDWR)
+            except FileNotFoundError:  # somebody has taken the folder away
+                self._make_names()
+                descriptor = os.open(self._names[-1], os.O_RDWR)
+            return self._names.pop(), descriptor
 
     def close(self) -> None:
         """Take away the names that were not needed."""
         with self._lock, suppress(OSError):
             for path in self._names:
-                path.unlink(missing_ok=True)
+                Path(path).unlink(missing_ok=True)
             self._names.clear()
             if self._own is not None:
                 os.close(self._lock_file)
@@ -153,11 +159,11 @@ class Spool:
                 self._number += 1
                 path = self._own / f"{self._number}.part"
                 path.open("xb").close()
-                made.append(path)
+                made.append(str(path))
             fsync_folder(self._own)
         except OSError:
-            for path in made:
-                path.unlink(missing_ok=True)
+            for name in made:
+                Path(name).unlink(missing_ok=True)
             raise
         self._names = made
 
@@ -170,7 +176,7 @@ def left_behind(folder: Path) -> Iterator[Path]:
     folder
         The archive's `incoming`.
     """
-    with _local_errors():
+    with local_errors:
         for own in sorted(folder.iterdir()):
             if own.is_dir():
                 yield from _sealed_of_the_dead(own)
@@ -207,6 +213,7 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@lru_cache
 def _packed(address: str) -> bytes:
     try:
         parsed = ipaddress.ip_address(address.split("%")[0])
@@ -215,9 +222,15 @@ def _packed(address: str) -> bytes:
     return (parsed if parsed.version == 6 else ipaddress.IPv6Address(f"::ffff:{parsed}")).packed
 
 
-@contextmanager
-def _local_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise LocalError(f"archive: {error}") from error
+class _LocalErrors:
+    """Disk trouble leaves as LocalError. Entered several times for each instance: no generator."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, OSError):
+            raise LocalError(f"archive: {error}") from error
+
+
+local_errors = _LocalErrors()

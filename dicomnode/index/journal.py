@@ -81,10 +81,10 @@ class Journal(Receiving):
                 if each.closed_at is not None:
                     ended = {name: values[name] for name in ("closed_at", "outcome", "stored", "refused")}
                     connection.execute(association.update().where(association.c.id == ids[key]).values(**ended))
-            for key, entry in entries:
-                values = asdict(entry)
-                del values["id"]
-                insert_new(connection, journal, {"association_id": ids[key], **values})
+            rows = [{"association_id": ids[key], **vars(entry)} for key, entry in entries]
+            for row in rows:
+                del row["id"]
+            insert_new(connection, journal, rows)
 
     def is_enrolled(self, path: str) -> bool:
         """Whether the journal has an entry for that sealed file."""

@@ -122,7 +122,8 @@ def test_removing_takes_the_file_away_and_may_be_repeated(archive: Archive) -> N
     assert files(archive) == []
 
 
-def test_what_a_killed_process_sealed_is_recovered_and_what_it_did_not_is_removed(archive: Archive) -> None:
+@pytest.mark.parametrize("times", [1000, 100_000], ids=["written at once", "written in pieces"])
+def test_what_a_killed_process_sealed_is_recovered_and_what_it_did_not_is_removed(archive: Archive, times: int) -> None:
     program = """
 import os, signal, sys
 from datetime import UTC, datetime
@@ -132,28 +133,28 @@ from dicomnode.spool import Source
 archive = Archive(Path(sys.argv[1]))
 for uid in ("1.1", "1.2"):
     incoming = archive.receive(sop_class_uid="1", sop_instance_uid=uid, transfer_syntax_uid="3")
-    incoming.write(uid.encode() * 1000)
+    incoming.write(uid.encode() * int(sys.argv[2]))
     if uid == "1.1":
         archive.seal(incoming, Source(bytes(16), "CT1", "NODE", "10.0.0.7"), now=datetime(2026, 1, 2, tzinfo=UTC))
     else:
         incoming.flush()
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    subprocess.run([sys.executable, "-c", program, archive.root], check=False)
+    subprocess.run([sys.executable, "-c", program, archive.root, str(times)], check=False)
     alive = receive(archive, b"still coming")
     assert len(files(archive)) == 2
 
     ((entry, source),) = archive.recover()
 
     assert (entry.sop_instance_uid, entry.sop_class_uid, entry.transfer_syntax_uid) == ("1.1", "1", "3")
-    assert entry.sha256 == hashlib.sha256(b"1.1" * 1000).hexdigest()
+    assert entry.sha256 == hashlib.sha256(b"1.1" * times).hexdigest()
     assert (entry.received_at, source) == (
         datetime(2026, 1, 2, tzinfo=UTC),
         Source(bytes(16), "CT1", "NODE", "10.0.0.7"),
     )
     (instance,) = archive.settle([entry])
     assert archive.settle([entry]) == [instance]
-    assert data_set_of(archive.path(instance)) == b"1.1" * 1000
+    assert data_set_of(archive.path(instance)) == b"1.1" * times
     assert data_set_of(archive.path(archive.keep(alive))) == b"still coming"
     assert list(archive.recover()) == []
     assert [path.parent.parent.name for path in files(archive)] == ["instances", "instances"]
@@ -244,7 +245,7 @@ archive.keep(incoming)
 def test_a_full_disk_is_a_local_error_and_nothing_is_kept(archive: Archive) -> None:
     incoming = receive(archive, b"x")
     full = os.open("/dev/full", os.O_WRONLY)
-    os.dup2(full, incoming._file.fileno())  # from here on every write to the file answers ENOSPC
+    os.dup2(full, incoming._descriptor)  # from here on every write to the file answers ENOSPC
     os.close(full)
 
     with pytest.raises(LocalError, match="No space left"):
