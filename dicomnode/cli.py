@@ -203,7 +203,7 @@ def _log_to_stderr(level: str) -> None:
     for chatty in ("alembic", "dbos", "pynetdicom", "highdicom", "PIL"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
     # What pydicom warns of quotes the data set, line after line; what matters of it stands in quarantine and reasons.
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    logging.getLogger("pydicom").disabled = True  # its level it sets itself
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 
