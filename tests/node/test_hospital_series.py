@@ -293,6 +293,15 @@ def test_pixels_of_another_size_than_the_header_s_are_refused_with_both(keyword:
     assert reason in str(caught.value)
 
 
+def test_the_private_scale_of_philips_changes_no_value() -> None:
+    plain, scaled = stack(), stack()
+    for n, dataset in enumerate(scaled):
+        dataset.add_new(0x20050010, "LO", "Philips MR Imaging DD 001")
+        dataset.add_new(0x2005100E, "FL", 0.001 * (n + 1))
+
+    assert np.array_equal(volumes.load(scaled).voxels, volumes.load(plain).voxels)
+
+
 @pytest.mark.parametrize(
     ("charset", "text", "name"),
     [
