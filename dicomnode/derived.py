@@ -209,6 +209,8 @@ def weighting(subject: Subject) -> Observation:
         if found is not None:
             return Observation(("other",), f"{keyword} {text[:60]!r} means {found}")
         named = {name.removesuffix("_flair") for name in said if name in ("t1", "t2", "flair", "t1_flair")}
+        if "flair" in named and len(named) == 2:  # by words apart: T2 dark fluid is FLAIR, T1 dark fluid is T1
+            named.remove("t2" if "t2" in named else "flair")
         if len(named) == 1:
             return Observation((named.pop(),), f"{keyword} {text[:60]!r}")
     echo, repetition, inversion = (

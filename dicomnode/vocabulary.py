@@ -115,23 +115,25 @@ _BUILT_IN: dict[str, frozenset[Phrase]] = {
             kontrast, z kontrastem, po kontrascie, kontrastli, 增强, 增強, 造影""",
         "arterial": """
             art, arterial, arterial phase, arteriell, arterielle, arteriel, arterieel, arteriosa, arterioso,
-            arterialphase, arterielle phase, artar, artarfas, tetnicza, late arterial, late art, late arterial phase,
-            lat art, early arterial, early art, spatarteriell, spat arteriell, fruharteriell, fruh arteriell,
-            arterielle tardive, arterial tardia, arteriosa tardiva, arterielle precoce, hap, hepatic arterial, art
-            phase, artph, 20 s, 25 s, 30 s, 35 s, 40 s, 25 sec, 30 sec, 35 sec, 40 sec, temps arteriel, fase arterial,
-            fase arteriosa, 动脉期, 動脈期, 動脈相, 动脉""",
+            arterialphase, arterielle phase, artar, artarfas, tetnicza, late arterial, late art, late arterial
+            phase, lat art, early arterial, early art, spatarteriell, spat arteriell, fruharteriell, fruh arteriell,
+            spaetarteriell, spaet arteriell, frueharteriell, frueh arteriell, arterielle tardive, arterial tardia,
+            arteriosa tardiva, arterielle precoce, hap, hepatic arterial, art phase, artph, 20 s, 25 s, 30 s, 35 s,
+            40 s, 25 sec, 30 sec, 35 sec, 40 sec, temps arteriel, fase arterial, fase arteriosa, 动脉期, 動脈期, 動脈相, 动脉""",
         "portal": """
-            portal, portal venous, portalvenous, porto venous, portovenous, portale, porta, portalvenos, portal venos,
-            portavenos, portvenos, porto venosa, portovenosa, pv, pvp, pvph, ven, venous, venous phase, venos, venosa,
-            venoso, veineux, veineuse, veneus, venose, vena porta, hepatic venous, portal phase, pv phase, wrotna,
-            zylna, temps portal, fase portal, fase portale, fase venosa, 60 s, 65 s, 70 s, 75 s, 80 s, 60 sec, 65 sec,
-            70 sec, 75 sec, 80 sec, 门脉期, 門脈相, 門脈期, 静脉期, 静脈相""",
+            portal, portal venous, portalvenous, porto venous, portovenous, portale, porta, portalvenos, portal
+            venos, portavenos, portvenos, venoes, portalvenoes, portal venoes, portavenoes, portvenoes, porto
+            venosa, portovenosa, pv, pvp, pvph, ven, venous, venous phase, venos, venosa, venoso, veineux, veineuse,
+            veneus, venose, vena porta, hepatic venous, portal phase, pv phase, wrotna, zylna, temps portal, fase
+            portal, fase portale, fase venosa, 60 s, 65 s, 70 s, 75 s, 80 s, 60 sec, 65 sec, 70 sec, 75 sec, 80 sec,
+            门脉期, 門脈相, 門脈期, 静脉期, 静脈相""",
         "delayed": """
             delayed, delay, late, late phase, late venous, equilibrium, equilib, equil, equilibrio, equilibre,
-            transitional, tardif, tardive, tardivo, tardiva, tardia, tardio, spat, spatphase, spate phase, spatvenos,
-            laat, late fase, pozna, nephrographic, excretory, urographic, urogram, ausscheidung, excretion, excretora,
-            escretoria, del, dly, 120 s, 150 s, 180 s, 240 s, 300 s, 120 sec, 150 sec, 180 sec, 240 sec, 300 sec, 2
-            min, 3 min, 4 min, 5 min, 8 min, 10 min, 15 min, 延迟期, 延遲期, 平衡相, 平衡期, 遅延相""",
+            transitional, tardif, tardive, tardivo, tardiva, tardia, tardio, spat, spatphase, spate phase,
+            spatvenos, spaet, spaetphase, spaete phase, spaetvenoes, laat, late fase, pozna, nephrographic,
+            excretory, urographic, urogram, ausscheidung, excretion, excretora, escretoria, del, dly, 120 s, 150 s,
+            180 s, 240 s, 300 s, 120 sec, 150 sec, 180 sec, 240 sec, 300 sec, 2 min, 3 min, 4 min, 5 min, 8 min, 10
+            min, 15 min, 延迟期, 延遲期, 平衡相, 平衡期, 遅延相""",
         "hepatobiliary": """
             hepatobiliary, hepatobiliary phase, hbp, hb phase, hepatobiliar, hepatobiliaire, hepatobiliare,
             hepatobiliar phase, leberspezifisch, 20 min, 肝胆期, 肝細胞相, 肝胆特异期""",
@@ -195,7 +197,8 @@ _BUILT_IN: dict[str, frozenset[Phrase]] = {
         "swi": "swi, swan, susceptibility, t 2 star, t 2 gre, gre t 2, hemo, venobold, swip, merge",
         "dce": """
             dce, dynamic, dyn, dynamik, dinamico, dynamique, twist, tricks, 4 d thrive, disco, perfusion, multiphase""",
-        "opposed_phase": "opp, opposed, opposed phase, out of phase, out phase, oop, op phase, gegenphase",
+        "opposed_phase": """
+            opp, opposed, opposed phase, opposedphase, out of phase, out phase, outphase, oop, op phase, gegenphase""",
         "in_phase": "in phase, inphase",
         "fat": "fat, fat only, f only, fatonly",
         "water": "water, water only, w only, wateronly, wasser",

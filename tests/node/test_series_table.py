@@ -215,6 +215,42 @@ STUDIES: dict[str, tuple[list[VolumeRef], Expected]] = {
         ],
         {(DCE, "v2", "v0"), (DCE, "v2", "v1"), (DCE, "v2", "v3")},
     ),
+    "GE liver, Dixon in a series per part": (
+        [
+            mr(f"{part}{n}", f"{part}: Ax LAVA {text}", f"1000{n}0", BodyPartExamined="LIVER", EchoTime=1.2,
+               FlipAngle=12.0)
+            for n, text in enumerate(["Pre", "Art", "PV"])
+            for part in ("WATER", "FAT", "InPhase", "OutPhase")
+        ],
+        {(DCE, "WATER1", "WATER0"), (DCE, "WATER1", "WATER2")},
+    ),
+    "Siemens liver, Dixon by Image Type": (
+        [
+            mr(f"{part}{n}", f"t1_vibe_dixon_tra_bh_{part[0]}", f"1000{n}0", BodyPartExamined="ABDOMEN", EchoTime=1.3,
+               FlipAngle=9.0, ImageType=["DERIVED", "PRIMARY", "DIXON", part])
+            for n in range(3)
+            for part in ("WATER", "FAT", "IN_PHASE", "OPP_PHASE")
+        ],
+        {(DCE, "WATER1", "WATER0"), (DCE, "WATER1", "WATER2")},
+    ),
+    "aorta, German without umlauts": (
+        [
+            ct("nativ", "Aorta nativ 3.0", "095000", mm=3.0),
+            ct("cta", "Aorta CTA 1.0", "100025", agent="Ultravist", mm=1.0),
+            ct("spaet", "Aorta spaet 3.0", "100130", agent="Ultravist", mm=3.0),
+        ],
+        {(CT, "nativ", "cta")},
+    ),
+    "Siemens brain, dark fluid by words apart": (
+        [
+            brain("t1", "t1_mprage_tra_p2_iso", shape=(160, 256, 256), spacing_mm=(1.0, 1, 1)),
+            brain("t1-km", "t1_mprage_tra_p2_iso_KM", ContrastBolusAgent="Gadovist", shape=(160, 256, 256),
+                  spacing_mm=(1.0, 1, 1)),
+            brain("t2", "t2_tse_tra"),
+            brain("flair", "t2_tirm_tra_dark-fluid"),
+        ],
+        {(BRAIN, "t1-km", "t2"), (BRAIN, "t1-km", "flair")},
+    ),
     "GE brain": (
         [
             brain("loc", "3 Plane Loc", ImageType=["ORIGINAL", "PRIMARY", "OTHER"]),
