@@ -119,7 +119,8 @@ _BUILT_IN: dict[str, frozenset[Phrase]] = {
             phase, lat art, early arterial, early art, spatarteriell, spat arteriell, fruharteriell, fruh arteriell,
             spaetarteriell, spaet arteriell, frueharteriell, frueh arteriell, arterielle tardive, arterial tardia,
             arteriosa tardiva, arterielle precoce, hap, hepatic arterial, art phase, artph, 20 s, 25 s, 30 s, 35 s,
-            40 s, 25 sec, 30 sec, 35 sec, 40 sec, temps arteriel, fase arterial, fase arteriosa, 动脉期, 動脈期, 動脈相, 动脉""",
+            40 s, 25 sec, 30 sec, 35 sec, 40 sec, temps arteriel, fase arterial, fase arteriosa, 动脉期, 動脈期, 動脈相,
+            动脉""",
         "portal": """
             portal, portal venous, portalvenous, porto venous, portovenous, portale, porta, portalvenos, portal
             venos, portavenos, portvenos, venoes, portalvenoes, portal venoes, portavenoes, portvenoes, porto
