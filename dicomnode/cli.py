@@ -222,5 +222,6 @@ def _stop_at_signals() -> threading.Event:
 
 
 def _stop_at_end_of_input(stop: threading.Event) -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):  # sys.stdin's own buffer would be locked when the interpreter ends
+        pass
     stop.set()

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from dicomnode.document import ProblemError, Section
 from dicomnode.fields import AETitle, Host, Name, Port, matching
 from dicomnode.model import Availability, Destination, TlsFiles
+from dicomnode.outputs import each_an_output
 from dicomnode.schedule import Schedule
 
 SENDER = "sender"
@@ -80,6 +81,9 @@ class DestinationSection(Section):
     rejection_notes: bool = Field(
         default=True, strict=True, description="Send it the rejection notes that rules ask for, about what it has."
     )
+    outputs: Annotated[tuple[str, ...], AfterValidator(each_an_output)] = Field(
+        default=(), description="It gets these of a rule's outputs; left out: all."
+    )
     announce_to: AvailabilitySection | None = Field(default=None, description="Left out: nobody is told.")
     tls: DestinationTlsSection | None = Field(default=None, description="Left out: not encrypted.")
 
@@ -102,6 +106,11 @@ class DestinationSection(Section):
             if self.url and getattr(self, key):
                 raise ProblemError((key,), getattr(self, key), "nothing where url is given: it is asked by DIMSE")
         return self
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of products it gets: a series of all phases is one too."""
+        return frozenset("series" if name == "series_4d" else name for name in self.outputs)
 
     def destination(self) -> Destination:
         """The same for the rooms that send."""

@@ -101,7 +101,14 @@ class HandOver:
         text = f"Superseded: other results stand in their place, made by rule {rule.id} version {job.rule_version}."
         notes = self._notes(job.id, former, rule.rejection_note, text, now)
         self._index.enqueue_deliveries(
-            job.id, names, now=now, priority=rule.delivery_priority, former=former, notes=notes, reason=reason
+            job.id,
+            names,
+            now=now,
+            priority=rule.delivery_priority,
+            former=former,
+            notes=notes,
+            reason=reason,
+            wanted={each.name: each.kinds for each in self._config.destination_sections if each.outputs},
         )
 
     def _notes(self, job_id: str, former: Sequence[str], title: str, text: str, now: datetime) -> Notes:

@@ -24,6 +24,7 @@ from dicomnode.archive import Archive
 from dicomnode.errors import LocalError
 from dicomnode.model import Instance
 from dicomnode.objects import Drawing, SampledField, SourceSeries
+from dicomnode.quality import Figures, Measured
 from registration_engine import DisplacementField, Grid, Registration, Report
 
 STORED = tuple(Instance.__dataclass_fields__)
@@ -153,6 +154,21 @@ class JobFolder:
             )
         sampled = SampledField(field, facts["max_error_mm"], facts["tolerance_mm"])
         return Result(registration, sampled, datetime.fromisoformat(facts["registered_at"]))
+
+    def write_measured(self, measured: Measured, role: str) -> None:
+        """Keep what was measured of one role's result."""
+        figures = json.dumps(measured.figures.as_dict())
+        before, after = measured.patches
+        with self._new_file(f"measured-{role}.npz") as file:
+            np.savez(file, figures=np.array(figures), before=before, after=after)
+
+    def measured(self, role: str) -> Measured | None:
+        """What was measured of one role's result; None where it was not kept."""
+        if not (self._path / f"measured-{role}.npz").exists():
+            return None
+        with np.load(self._path / f"measured-{role}.npz", allow_pickle=False) as file:
+            figures = Figures.from_dict(json.loads(str(file["figures"])))
+            return Measured(figures, (file["before"], file["after"]))
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Keep plain values under a name."""

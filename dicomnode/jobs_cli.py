@@ -6,6 +6,8 @@ import argparse
 import getpass
 import json
 import os
+import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -37,6 +39,26 @@ def reproduce(arguments: argparse.Namespace) -> int:
     same = found.uids and found.values
     print(f"{arguments.out}: {'the same results' if same else 'other results'}; nothing was sent")
     return 0 if same else 1
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Write what a job has made to a folder: the very instances that are, or would be, sent."""
+    with _job(arguments) as (config, index, job):
+        products, archive = index.products_of(job.id), Archive(config.data_dir)
+        if not products:
+            raise ConfigError("export", "JOB", job.id, f"a job with results; this one is {job.state}")
+        try:
+            arguments.out.mkdir(parents=True)
+        except FileExistsError:
+            raise ConfigError("export", "--out", str(arguments.out), "a folder that is not there yet") from None
+        count: Counter[str] = Counter()
+        for product in products:
+            count[product.kind] += 1
+            target = arguments.out / f"{product.kind}-{count[product.kind]:04}.dcm"
+            shutil.copyfile(archive.path(product.instance), target)
+    told = ", ".join(f"{number} {kind}" for kind, number in count.items())
+    print(f"{arguments.out}: {told}; the job is {job.state}{job.reason and ': '}{job.reason}")
+    return 0
 
 
 def rerun(arguments: argparse.Namespace) -> int:

@@ -23,6 +23,9 @@ def add_commands(commands: Any) -> None:
     again = command("reproduce", text)
     again.add_argument("--out", type=Path, required=True, metavar="DIR", help="an empty folder, or one to be made")
     again.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N; without it, as the configuration has it")
+    text = "write what a job has made to a folder, as it is or would be sent: for a look before `release`"
+    export = command("export", text)
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
     rerun = command("rerun", "register a job's pairs again, as a new job; former results are superseded")
     rerun.add_argument("--current-rules", action="store_true", help="by the rules in force, not by its own version")
     reject = command("reject", "send nothing of a job, and a rejection note to destinations that have something of it")

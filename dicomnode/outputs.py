@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator
 
-from dicomnode.document import Section
+from dicomnode.document import ProblemError, Section
 
 OUTPUTS = ("series", "sro", "dsr")
 """What a rule makes where it does not say."""
@@ -27,6 +27,14 @@ ALL_OUTPUTS = (
     "segmentations",
 )
 DESCRIPTION = "REG {moving} to {fixed}"
+
+
+def each_an_output(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The same, where every name is an output and stands once."""
+    for index, name in enumerate(names):
+        if name not in ALL_OUTPUTS or name in names[:index]:
+            raise ProblemError((index,), name, f"one of {', '.join(ALL_OUTPUTS)}, each once")
+    return names
 
 
 def _is_series_description(pattern: str) -> str:

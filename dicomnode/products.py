@@ -58,10 +58,14 @@ class Maker:
         description = objects.description_4d(fixed, rule.series.description)
         _, overall = of_all([judged[role] for role in folder.moving_roles])
 
+        first: list[Dataset] = []
+
         def placed(dataset: Dataset, role: str) -> Dataset:
             slices, phase = fixed.grid.shape[0], order.index(role)
+            first.extend([dataset] if not first else [])
             return objects.as_phase(
                 dataset,
+                like=first[0],
                 series_uid=series_uid,
                 description=description,
                 phase=phase,
@@ -91,6 +95,7 @@ class Maker:
                 description=rule.series.description,
                 resolution="fixed" if with_4d else rule.series.resolution,
                 may_be_multi_frame=not with_4d,
+                measured=folder.measured(role),
             ):
                 yield kind, placed(dataset, role) if with_4d and kind == "series" else dataset
             if not is_rejected:

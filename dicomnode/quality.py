@@ -100,6 +100,14 @@ class Figures:
 
 
 @dataclass(frozen=True, eq=False)
+class Measured:
+    """What takes long to measure: the figures, and the patch-wise NMI as `Quality` has it."""
+
+    figures: Figures
+    patches: tuple[Map, Map]
+
+
+@dataclass(frozen=True, eq=False)
 class Quality:
     """The figures, and the images and maps (Z, Y, X) they were taken from, all on `fixed.grid`.
 
@@ -130,9 +138,20 @@ class Quality:
     displacement: Map
     nonlinear: Map
 
+    @property
+    def measured(self) -> Measured:
+        """What `measure` need not do again."""
+        return Measured(self.figures, self.patches)
+
 
 def measure(
-    fixed: Volume, moving: Volume, registration: Registration, delivered: DisplacementField, *, grid_error_mm: float
+    fixed: Volume,
+    moving: Volume,
+    registration: Registration,
+    delivered: DisplacementField,
+    *,
+    grid_error_mm: float,
+    measured: Measured | None = None,
 ) -> Quality:
     """Measure one registration.
 
@@ -142,6 +161,8 @@ def measure(
         The total field that the objects carry, on any grid around the fixed volume.
     grid_error_mm
         How far it is from the engine's map at most.
+    measured
+        Of a former call with the same arguments; made anew where None.
 
     Raises
     ------
@@ -158,31 +179,40 @@ def measure(
     at_start = seen & reached(moving.grid, None, grid)
     # Without overlap at the start there is nothing to compare with.
     domain = at_start if at_start.any() else seen
-    patches = [patch_mutual_information(image.voxels, each.voxels, domain) for each in (unmoved, registered)]
+    if measured is not None:
+        first, second = measured.patches
+    else:
+        first, second = (patch_mutual_information(image.voxels, each.voxels, domain) for each in (unmoved, registered))
 
     determinant = evaluation.jacobian_determinant(delivered)
     jacobian = _on(grid, delivered.grid, determinant)
     rest = _beyond(registration, delivered)
     displacement, nonlinear = _length(delivered, grid), _length(rest, grid)
-    before, after = (patch[domain & np.isfinite(patch)] for patch in patches)
-    figures = Figures(
-        similarity_before=float(registration.report.similarity_before),
-        similarity_after=float(registration.report.similarity_after),
-        patch_nmi_before=_mean(before),
-        patch_nmi_after=_mean(after),
-        patch_nmi_fell_fraction=_mean(after < before - FELL),
-        overlap_fraction=_mean(overlap[body]),
-        folding_fraction=_mean(determinant[_within(fixed.grid, delivered.grid)] <= 0),
-        **dict(zip(_JACOBIAN, _percentiles(jacobian[body], (0, 1, 50, 99, 100)), strict=True)),
-        sdlogj=float(np.log(np.clip(jacobian[body], 0.01, 100), dtype=np.float64).std()) if body.any() else math.nan,
-        **_lengths("displacement", displacement[body]),
-        **_lengths("nonlinear", nonlinear[body]),
-        **_rigid(registration.rigid, image, body),
-        **_lengths("inverse_consistency", _inconsistency(rest, body, grid)),
-        grid_error_mm=float(grid_error_mm),
+    before, after = (patch[domain & np.isfinite(patch)] for patch in (first, second))
+    figures = (
+        measured.figures
+        if measured is not None
+        else Figures(
+            similarity_before=float(registration.report.similarity_before),
+            similarity_after=float(registration.report.similarity_after),
+            patch_nmi_before=_mean(before),
+            patch_nmi_after=_mean(after),
+            patch_nmi_fell_fraction=_mean(after < before - FELL),
+            overlap_fraction=_mean(overlap[body]),
+            folding_fraction=_mean(determinant[_within(fixed.grid, delivered.grid)] <= 0),
+            **dict(zip(_JACOBIAN, _percentiles(jacobian[body], (0, 1, 50, 99, 100)), strict=True)),
+            sdlogj=float(np.log(np.clip(jacobian[body], 0.01, 100), dtype=np.float64).std())
+            if body.any()
+            else math.nan,
+            **_lengths("displacement", displacement[body]),
+            **_lengths("nonlinear", nonlinear[body]),
+            **_rigid(registration.rigid, image, body),
+            **_lengths("inverse_consistency", _inconsistency(rest, body, grid)),
+            grid_error_mm=float(grid_error_mm),
+        )
     )
     return Quality(
-        figures, image, unmoved, registered, body, overlap, (patches[0], patches[1]), jacobian, displacement, nonlinear
+        figures, image, unmoved, registered, body, overlap, (first, second), jacobian, displacement, nonlinear
     )
 
 

@@ -16,7 +16,7 @@ from dicomnode.errors import RegistrationRejectedError, StudyError
 from dicomnode.job_folder import JobFolder, Result
 from dicomnode.model import Verdict
 from dicomnode.quality import measure
-from dicomnode.thresholds import Thresholds
+from dicomnode.rule import Rule
 from dicomnode.verdict import judge, of_all
 from registration_engine import Preset, Volume
 from registration_engine.devices import describe_device
@@ -102,9 +102,10 @@ def _share(stage: str, part: float) -> float:
     return start + part * (end - start)
 
 
-def judge_pairs(folder: JobFolder, thresholds: Thresholds) -> tuple[Verdict, str, dict[str, Any]]:
+def judge_pairs(folder: JobFolder, rule: Rule) -> tuple[Verdict, str, dict[str, Any]]:
     """Judge what would be delivered of every pair, each alone: the verdict on all of it, its reason, the reports.
 
+    What was measured is kept where the rule's outputs tell of it.
     A report is the engine's, with the measured `figures`; of several pairs it is a list, `phases`, with None for one
     that could not be registered.
     """
@@ -118,8 +119,11 @@ def judge_pairs(folder: JobFolder, thresholds: Thresholds) -> tuple[Verdict, str
         result = folder.result(role)
         found, sampled = result.registration, result.sampled
         image = volumes.load(folder.datasets(role))
-        figures = measure(fixed, image, found, sampled.field, grid_error_mm=sampled.max_error_mm).figures
-        judged[role] = judge(figures, thresholds)
+        measured = measure(fixed, image, found, sampled.field, grid_error_mm=sampled.max_error_mm).measured
+        if set(rule.outputs) & set(objects.QUALITY):
+            folder.write_measured(measured, role)
+        figures = measured.figures
+        judged[role] = judge(figures, rule.verdict)
         reports[role] = {**found.report.as_dict(), "figures": figures.as_dict()}
     folder.write_json("verdicts", judged)
     report = reports[moving[0]] if len(moving) == 1 else {"phases": [reports.get(role) for role in moving]}

@@ -81,7 +81,7 @@ def reproduce(index: Index, archive: Archive, job_id: str, out: Path, *, device:
         folder = JobFolder(Path(work), archive)
         folder.write_inputs(members, recorded["order"])
         register(folder, preset=preset, device=device, seed=report["seed"], progress=lambda *_: None)
-        judge_pairs(folder, rule.verdict)
+        judge_pairs(folder, rule)
         judged = folder.read_json("verdicts")
         if not former:  # nothing was sent; here it is made for a look
             judged = {role: (Verdict.WARN, f"{verdict}: {reason}") for role, (verdict, reason) in judged.items()}

@@ -27,7 +27,7 @@ from dicomnode.config import PRESET_PARAMETERS, Preset
 from dicomnode.derived import DERIVED
 from dicomnode.document import ProblemError, Section
 from dicomnode.model import DeliveryPriority, JobPlan
-from dicomnode.outputs import ALL_OUTPUTS, OUTPUTS, RegisteredSeries
+from dicomnode.outputs import ALL_OUTPUTS, OUTPUTS, RegisteredSeries, each_an_output
 from dicomnode.schedule import Schedule
 from dicomnode.thresholds import RejectionNote, Thresholds
 
@@ -286,12 +286,9 @@ class Rule(Section):
     @field_validator("outputs")
     @classmethod
     def _made_here(cls, outputs: tuple[str, ...]) -> tuple[str, ...]:
-        for index, output in enumerate(outputs):
-            if output not in ALL_OUTPUTS or output in outputs[:index]:
-                raise ProblemError((index,), output, f"one of {', '.join(ALL_OUTPUTS)}, each once")
         if not outputs:
             raise ValueError(f"at least one of {', '.join(ALL_OUTPUTS)}")
-        return outputs
+        return each_an_output(outputs)
 
     @model_validator(mode="after")
     def _consistent(self) -> Rule:

@@ -116,7 +116,7 @@ class Steps:
     def verdict(self, job_id: str) -> None:
         """Judge what would be delivered; stop here if it must not be. Of a dynamic series each phase stands alone."""
         folder, rule = self._folder(job_id), self._rule(job_id)
-        verdict, reason, report = judge_pairs(folder, rule.verdict)
+        verdict, reason, report = judge_pairs(folder, rule)
         self._index.judge_job(job_id, verdict, reason, report, provenance=provenance(folder))
         if verdict is Verdict.REJECT:
             log.error("ALERT job %s of rule %s: its result is rejected and not sent: %s", job_id, rule.id, reason)

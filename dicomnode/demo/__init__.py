@@ -1,7 +1,8 @@
 """`dicomnode demo`: a generated study through the whole line, judged by what a stand-in PACS received.
 
 Writes into one folder: study/ (what is sent), node.yaml and rules.yaml, dicomnode-data/ (the node's), node.log,
-received/ (what came back) and before-after.png. Starts the node as a user would, and leaves nothing running.
+received/ (what came back), quality/ (its pages of quality as PNG) and before-after.png. Starts the node as a user
+would, and leaves nothing running.
 """
 
 from __future__ import annotations
@@ -13,13 +14,22 @@ import time
 from pathlib import Path
 
 from dicomnode.demo.evaluation import Evaluation, evaluate, read_received
-from dicomnode.demo.picture import draw_before_after
+from dicomnode.demo.picture import draw_before_after, draw_pages
 from dicomnode.demo.processes import DemoError, RunningNode, StandInPacs, send
 from dicomnode.phantom import PhantomStudy, write_study
 
 SEED = 1
 MEAN_BELOW_MM, P95_BELOW_MM, START_ABOVE_MM = 1.0, 2.5, 6.0
-OWN_NAMES = ("study", "received", "dicomnode-data", "node.yaml", "rules.yaml", "node.log", "before-after.png")
+OWN_NAMES = (
+    "study",
+    "received",
+    "dicomnode-data",
+    "node.yaml",
+    "rules.yaml",
+    "node.log",
+    "quality",
+    "before-after.png",
+)
 
 
 def run(folder: Path) -> int:
@@ -67,11 +77,12 @@ def _demonstrate(folder: Path) -> list[str]:
         raise DemoError(f"what the PACS received cannot be used: {error}") from error
     picture = folder / "before-after.png"
     draw_before_after(study, received.registered, picture)
+    draw_pages(received.pages(), folder / "quality")
     _print_table(study, evaluation, status["jobs"][0])
     print("\nThe stand-in PACS received")
     for line in received.inventory():
         print(f"  {line}")
-    print(f"\nPicture: {picture}", flush=True)
+    print(f"\nPictures: {picture}, {folder / 'quality'}", flush=True)
     problems = _problems(evaluation)
     return problems if exit_status == 0 else [*problems, f"the node's exit status: got {exit_status}, expected 0"]
 

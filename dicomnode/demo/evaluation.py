@@ -19,6 +19,7 @@ from pydicom.uid import (
     UID,
     CTImageStorage,
     DeformableSpatialRegistrationStorage,
+    SecondaryCaptureImageStorage,
     SpatialRegistrationStorage,
 )
 
@@ -106,6 +107,11 @@ class Received:
     registered: Series | None
     field: DeliveredField | None
     has_spatial_registration: bool
+
+    def pages(self) -> list[Dataset]:
+        """The pages of quality, Secondary Capture, in the order of reading."""
+        found = [each for each in self.datasets if each.SOPClassUID == SecondaryCaptureImageStorage]
+        return sorted(found, key=lambda each: int(each.InstanceNumber))
 
     def inventory(self) -> list[str]:
         """One line for each series: SOP class, modality, instances, description, UID."""

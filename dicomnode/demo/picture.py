@@ -1,12 +1,14 @@
-"""Draws the before/after picture: the same coronal and axial slice of fixed, moving and registered series."""
+"""Draws the same coronal and axial slice before and after registration, and the pages of quality that came back."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
+from pydicom import Dataset
 
 from dicomnode.demo.evaluation import Series, read_series
 from dicomnode.phantom import PhantomStudy
@@ -46,6 +48,13 @@ def draw_before_after(study: PhantomStudy, registered: Series | None, path: Path
             ("After: native green, registered magenta", _overlaid(still, done)),
         ])  # fmt: skip
     _page(rows).save(path)
+
+
+def draw_pages(pages: Sequence[Dataset], folder: Path) -> None:
+    """Secondary Capture images as `page-N.png`, as a viewer shows them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for page in pages:
+        Image.fromarray(page.pixel_array).save(folder / f"page-{page.InstanceNumber}.png")
 
 
 def _body(plane: Gray) -> tuple[slice, slice]:

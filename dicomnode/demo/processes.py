@@ -36,7 +36,7 @@ rules:
       moving: {match: {contrast: true}}
     pair: {same: [StudyInstanceUID]}
     register: {preset: balanced}
-    outputs: [series, sro, dsr]
+    outputs: [series, sro, dsr, sr, sc]
 """
 CONFIG = """\
 node: {{ae_title: DICOMNODE, host: 127.0.0.1, port: {port}, data_dir: dicomnode-data, quiet_period_s: 2}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from types import MappingProxyType
@@ -159,6 +159,7 @@ class Jobs(Withdrawals):
         former: Sequence[str] = (),
         notes: Notes = (),
         reason: str | None = None,
+        wanted: Mapping[str, Collection[str]] | None = None,
     ) -> None:
         """One delivery per (product, destination), once; the job ends with the same commit, rejected where that was its
         verdict, else done.
@@ -173,12 +174,17 @@ class Jobs(Withdrawals):
             That withdraw what they have.
         reason
             The job's from now on; None: it stays.
+        wanted
+            The kinds of products that a destination gets, by its name; one that is not in it gets all.
         """
         with self._writing() as connection:
-            own = sa.select(product.c.id).where(product.c.job_id == job_id, product.c.kind != NOTE)
-            made = connection.scalars(own).all()
-            rows = delivery_rows(made, destinations, priority=priority, now=now, held=held)
-            insert_new(connection, delivery, rows)
+            own = sa.select(product.c.id, product.c.kind).where(product.c.job_id == job_id, product.c.kind != NOTE)
+            made = connection.execute(own).all()
+            for name in destinations:
+                kinds = (wanted or {}).get(name)
+                ids = [each.id for each in made if kinds is None or each.kind in kinds]
+                rows = delivery_rows(ids, [name], priority=priority, now=now, held=held)
+                insert_new(connection, delivery, rows)
             self._withdraw(connection, former, notes, f"superseded by job {job_id}", now)
             self._send(connection, job_id, notes, priority, now)
             ended = sa.case((job.c.verdict == Verdict.REJECT, JobState.REJECTED), else_=JobState.DONE)

@@ -29,7 +29,7 @@ from dicomnode.objects.segmentations import carried_segmentation
 from dicomnode.objects.series import registered_series
 from dicomnode.objects.spatial import spatial_registration
 from dicomnode.objects.uptake_objects import uptake_objects
-from dicomnode.quality import measure
+from dicomnode.quality import Measured, measure
 from dicomnode.volumes import load
 from registration_engine import Registration, Volume
 
@@ -66,6 +66,7 @@ def build(
     description: str = DESCRIPTION,
     resolution: str = "fixed",
     may_be_multi_frame: bool = True,
+    measured: Measured | None = None,
 ) -> Iterator[tuple[str, Dataset]]:
     """Make the objects of one pair, one at a time: registration objects, the slices of the series, quality.
 
@@ -90,6 +91,8 @@ def build(
         moving series' size.
     may_be_multi_frame
         Of an Enhanced moving series one Enhanced instance is made; else single-frame ones.
+    measured
+        Of this very registration, as `quality.measure` found it; measured here where None.
 
     Yields
     ------
@@ -111,7 +114,7 @@ def build(
     is_deformable = registration.displacement is not None
     subject = Subject(fixed, moving, provenance, is_deformable, warning, store_in, description, resolution, rejection)
     wanted = set(outputs) & set(REPORTS) if rejection else set(outputs)
-    return _tolerant(_made(subject, moving_volume, registration, sampled, wanted, may_be_multi_frame))
+    return _tolerant(_made(subject, moving_volume, registration, sampled, wanted, may_be_multi_frame, measured))
 
 
 def carried(
@@ -161,6 +164,7 @@ def _made(
     sampled: SampledField,
     outputs: set[str],
     may_be_multi_frame: bool,
+    measured: Measured | None,
 ) -> Iterator[tuple[str, Dataset]]:
     deformable = deformable_registration(subject, sampled) if "dsr" in outputs else None
     if deformable is not None:
@@ -192,7 +196,7 @@ def _made(
             if blended is not None:
                 yield "blending", check(blended, subject, also=registered)
     if outputs & set(QUALITY):
-        for kind, dataset in _of_quality(subject, moving, registration, sampled, outputs):
+        for kind, dataset in _of_quality(subject, moving, registration, sampled, outputs, measured):
             yield kind, check(dataset, subject)
 
 
@@ -205,10 +209,24 @@ def _identity(dataset: Dataset) -> Dataset:
 
 
 def _of_quality(
-    subject: Subject, moving: Volume, registration: Registration, sampled: SampledField, outputs: set[str]
+    subject: Subject,
+    moving: Volume,
+    registration: Registration,
+    sampled: SampledField,
+    outputs: set[str],
+    measured: Measured | None,
 ) -> Iterator[tuple[str, Dataset]]:
-    fixed = load(subject.fixed.datasets)
-    quality = measure(fixed, moving, registration, sampled.field, grid_error_mm=sampled.max_error_mm)
+    if measured is not None and outputs & set(QUALITY) == {"sr"}:
+        yield "sr", measurement_report(subject, measured.figures)
+        return
+    quality = measure(
+        load(subject.fixed.datasets),
+        moving,
+        registration,
+        sampled.field,
+        grid_error_mm=sampled.max_error_mm,
+        measured=measured,
+    )
     if "sr" in outputs:
         yield "sr", measurement_report(subject, quality.figures)
     for page in secondary_captures(subject, quality) if "sc" in outputs else ():

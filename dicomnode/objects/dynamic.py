@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -17,6 +18,14 @@ from dicomnode.objects.series import registered_series
 from dicomnode.objects.texts import described
 from dicomnode.volumes import load, stored_values
 from registration_engine import Registration, Report
+
+_OF_SERIES = (
+    "SeriesNumber", "SeriesDate", "SeriesTime", "TimezoneOffsetFromUTC", "ProtocolName", "OperatorsName",
+    "PerformingPhysicianName", "BodyPartExamined", "Laterality", "SeriesDescriptionCodeSequence",
+    "PerformedProcedureStepID", "PerformedProcedureStepStartDate", "PerformedProcedureStepStartTime",
+    "PerformedProcedureStepDescription",
+)  # fmt: skip
+"""What is one within a series, PS3.3 C.7.3.1: phases come from several, registered at several times."""
 
 
 def series_4d_uid(digests: Sequence[str], provenance: Provenance) -> str:
@@ -62,6 +71,7 @@ def description_4d(fixed: SourceSeries, pattern: str) -> str:
 def as_phase(
     dataset: Dataset,
     *,
+    like: Dataset,
     series_uid: str,
     description: str,
     phase: int,
@@ -69,7 +79,22 @@ def as_phase(
     slices: int,
     warning: str = "",
 ) -> Dataset:
-    """A slice of a registered series as a slice of the 4D series; `phase` from 0, `warning` about all phases."""
+    """A slice of a registered series as a slice of the 4D series.
+
+    Parameters
+    ----------
+    like
+        A slice of the reference phase: what is one within a series is as there.
+    phase
+        From 0.
+    warning
+        About all phases.
+    """
+    for keyword in _OF_SERIES:
+        if keyword in like:
+            dataset[keyword] = copy.deepcopy(like[keyword])
+        elif keyword in dataset:
+            del dataset[keyword]
     dataset.SeriesInstanceUID = series_uid
     dataset.SeriesDescription = marked(description, warning)
     mark_image(dataset, warning)

@@ -114,6 +114,18 @@ def test_nothing_is_sent_before_a_person_approves(tmp_path: Path, capsys: pytest
     assert len(node.index.products_of(node.first)) == 8 + 3
     assert node.index.status()["deliveries"] == []
     assert node.row(node.first)["reason"] == "awaits approval"
+    out = tmp_path / "look"
+    assert node.command("export", node.first, "--out", str(out)) == 0
+    told = capsys.readouterr().out
+    assert "8 series" in told
+    assert "the job is approval: awaits approval" in told
+    products = node.index.products_of(node.first)
+    assert {path.read_bytes() for path in out.iterdir()} == {
+        node.archive.path(each.instance).read_bytes() for each in products
+    }
+    assert len(list(out.iterdir())) == len(products)
+    assert node.command("export", node.first, "--out", str(out)) == 2
+    assert "expected a folder that is not there yet" in capsys.readouterr().err
     assert node.command("release", node.first, "--destination", "pacs") == 2
     assert "a job is approved as a whole" in capsys.readouterr().err
     assert node.index.status()["deliveries"] == []

@@ -114,6 +114,24 @@ def test_other_pixels_under_the_same_uid_are_found_and_told(
     assert "other results" in told
 
 
+def test_other_software_and_another_device_are_told_first(
+    ran: Ran, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = ran.held.index.provenance(ran.job_id)
+    assert made is not None
+    made["software"]["torch"], made["machine"] = "0.0", {"cuda:0": "another card"}
+    job = ran.held.index.job(ran.job_id)
+    assert job.verdict is not None
+    ran.held.index.judge_job(ran.job_id, job.verdict, job.reason, {}, provenance=made)
+
+    ran.again(tmp_path / "out")
+
+    software, device, *objects = capsys.readouterr().out.splitlines()
+    assert software.startswith("torch: 0.0 then, ")
+    assert device.startswith("device: cuda:0 (another card) then, cpu (")
+    assert len(objects) == 4  # series, sro, dsr, and the sum
+
+
 def test_an_input_with_other_content_is_refused_by_name(ran: Ran, tmp_path: Path) -> None:
     made = ran.held.index.provenance(ran.job_id)
     assert made is not None

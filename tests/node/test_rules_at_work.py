@@ -394,6 +394,36 @@ def test_results_go_to_the_rule_s_own_destinations_or_to_all(held: Held, asked: 
     assert {row["destination"] for row in status["deliveries"]} == expected
 
 
+def test_a_destination_gets_of_a_rule_s_outputs_those_it_wants(held: Held) -> None:
+    configured = yaml.safe_load(held.config.read_text())
+    configured["destinations"] = [
+        {"name": name, "ae_title": name.upper(), "host": "127.0.0.1", "port": 104, **more}
+        for name, more in (
+            ("pacs", {"outputs": ["series"]}), ("planning", {"outputs": ["sro", "dsr"]}), ("all", {}),
+            ("other", {"outputs": ["sc"]}),
+        )
+    ]  # fmt: skip
+    held.config.write_text(yaml.safe_dump(configured))
+    small: dict[str, Any] = {"shape": (16, 32, 32), "spacing_mm": (10.0, 10.0, 10.0), "study": "A", "patient_id": "A"}
+    held.put_rules(f"{RULES}    register: {{preset: rigid}}\n    outputs: [series, sro]\n")
+    held.receive([each for phase in ("native", "portal") for each in phantoms.make_series(phase=phase, **small)])
+    held.tick()
+    (job_id,) = [each for each, _ in held.queued]
+
+    assert held.run(job_id) == JobState.DONE
+
+    rows = {(row["destination"], row["kind"]) for row in held.index.status()["deliveries"]}
+    assert rows == {("pacs", "series"), ("planning", "sro"), ("all", "series"), ("all", "sro")}
+
+
+def test_a_destination_that_wants_what_there_is_not_is_refused(held: Held, capsys: pytest.CaptureFixture[str]) -> None:
+    pacs = {"name": "pacs", "ae_title": "PACS", "host": "127.0.0.1", "port": 104, "outputs": ["series", "picture"]}
+    held.config.write_text(yaml.safe_dump({"destinations": [pacs]}))
+
+    assert cli.main(["check", "--config", str(held.config)]) == 2
+    assert "destinations[0].outputs[1]" in capsys.readouterr().err
+
+
 # ── the loop guard ──
 
 

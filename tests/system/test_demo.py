@@ -19,5 +19,8 @@ def test_the_demo_passes_by_its_own_measures_and_leaves_its_picture(tmp_path: Pa
     assert done.returncode == 0, done.stdout + done.stderr
     for expected in ("Error at", "Folding of the delivered field   0.0000 %", "Seconds of registration", "Verdict"):
         assert expected in done.stdout
+    pages = sorted((tmp_path / "demo" / "quality").iterdir())
+    assert [page.name for page in pages] == [f"page-{n}.png" for n in range(1, 8)]
+    assert {Image.open(page).size for page in pages} == {(1280, 1024)}
     with Image.open(tmp_path / "demo" / "before-after.png") as picture:
         assert picture.convert("L").getextrema() != (0, 0)
