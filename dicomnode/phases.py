@@ -129,10 +129,11 @@ def split(slices: Sequence[Slice]) -> list[Part]:
     counts = Counter(places)
     times = counts[places[0]]
     if set(counts.values()) == {times}:
+        told = {key: [_value(each, key) for each in slices] for key in keys}
+        few = [key for key in keys if len(set(told[key])) <= times]
         for size in range(1, MAX_KEYS + 1):
-            few = [key for key in keys if len(_grouped(slices, (key,))) <= times]
             for several in combinations(few, size):
-                if groups := _complete(slices, places, several, times):
+                if groups := _complete([told[key] for key in several], places, times):
                     return _parts(slices, groups, several)
         for key in ("AcquisitionDateTime", "AcquisitionTime", "TriggerTime", "ContentTime", "InstanceNumber"):
             if groups := _ranked(slices, places, key):
@@ -208,10 +209,17 @@ def _is_even(positions: Sequence[float]) -> bool:
     return all(abs(at - ordered[0] - n * step) <= allowed for n, at in enumerate(ordered))
 
 
-def _complete(slices: Sequence[Slice], places: Sequence[int], keys: Sequence[str], times: int) -> list[list[int]]:
-    groups = _grouped(slices, keys)
-    is_complete = len(groups) == times and all(len({places[n] for n in group}) == len(group) for group in groups)
-    return groups if is_complete and len({len(group) for group in groups}) == 1 else []
+def _complete(told: Sequence[Sequence[Hashable]], places: Sequence[int], times: int) -> list[list[int]]:
+    """`times` groups of one size that agree in what was told, each with one slice in a place; else nothing."""
+    groups: dict[Hashable, list[int]] = {}
+    seen = set()
+    for n, (values, place) in enumerate(zip(zip(*told, strict=True), places, strict=True)):
+        groups.setdefault(values, []).append(n)
+        if len(groups) > times or (values, place) in seen:
+            return []
+        seen.add((values, place))
+    found = list(groups.values())
+    return found if len(found) == times and len({len(group) for group in found}) == 1 else []
 
 
 def _ranked(slices: Sequence[Slice], places: Sequence[int], key: str) -> list[list[int]]:

@@ -278,6 +278,8 @@ def _read(folder: Path, refused: dict[str, str]) -> list[VolumeRef]:
         header = volumes.instance_header(datasets[0])
         if header.is_own_output:
             refused[header.series_instance_uid] = "the node's own output, or a registration object"
+        elif not header.series_instance_uid:
+            refused[str(path.relative_to(folder))] = "has no Series Instance UID"
         else:
             series[header.series_instance_uid] += datasets
     found = []
