@@ -65,6 +65,8 @@ def check(
         _check_deformable(dataset, subject, field)
     if dataset.SOPClassUID == SpatialRegistrationStorage:
         _check_spatial(dataset, subject, moving_from_fixed)
+    if dataset.SOPClassUID == BlendingSoftcopyPresentationStateStorage:
+        _check_blending(dataset, subject, also)
     if is_registered_series(dataset):
         check_registered_series(dataset, subject)
     for keyword in ("PixelData", "FloatPixelData"):
@@ -165,6 +167,20 @@ def _check_deformable(dataset: Dataset, subject: Subject, field: DisplacementFie
     if field is not None:
         require(list(grid.GridDimensions) == list(field.grid.shape[::-1]), dataset, "grid dimensions")
         require(grid.VectorGridData == field.vectors.astype("<f4").tobytes(), dataset, "vectors are not the delivered")
+
+
+def _check_blending(dataset: Dataset, subject: Subject, registered: Sequence[Dataset]) -> None:
+    """The fixed series below, the registered one above, each with all its images."""
+    layers = list(dataset.BlendingSequence)
+    require(
+        [layer.BlendingPosition for layer in layers] == ["UNDERLYING", "SUPERIMPOSED"], dataset, "order of the layers"
+    )
+    below, above = (
+        {str(image.ReferencedSOPInstanceUID) for image in layer.ReferencedSeriesSequence[0].ReferencedImageSequence}
+        for layer in layers
+    )
+    require(below == {uid for uid, _ in subject.fixed.slices}, dataset, "images of the layer below")
+    require(above == {str(each.SOPInstanceUID) for each in registered}, dataset, "images of the layer above")
 
 
 def _matrix(item: Dataset) -> npt.NDArray[np.float64]:

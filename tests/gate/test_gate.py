@@ -23,6 +23,7 @@ from pydicom import dcmread
 
 from dicomnode import volumes
 from dicomnode.objects.deformable import interpolate
+from dicomnode.outputs import ALL_OUTPUTS
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "dicom"
 SIEMENS = {"image": "MR, real", "position": "two positions"}
@@ -63,6 +64,15 @@ def test_the_cases_hold_every_pair_of_factor_values() -> None:
         for other, others in FACTORS.items():
             if list(FACTORS).index(one) < list(FACTORS).index(other):
                 assert {((one, a), (other, b)) for a in values for b in others} <= held
+
+
+def test_the_case_holds_every_output_that_a_rule_can_ask_for(delivered: Delivered) -> None:
+    rescales = {volumes.rescale(each) for each in make_source(volumes.read_headers(delivered.fixed)).datasets}
+    absent = {"series_4d"}  # phases, as `series`; tests/node/test_products.py
+    absent |= {"blending"} if len(rescales) > 1 else set()
+    absent |= set() if delivered.drawn else {"contours", "segmentations"}
+
+    assert set(delivered.made) == set(ALL_OUTPUTS) - absent
 
 
 def test_dciodvfy_finds_no_error_that_the_sources_have_not(delivered: Delivered) -> None:

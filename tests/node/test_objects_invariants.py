@@ -24,7 +24,7 @@ from pydicom import Dataset
 from pydicom.uid import EnhancedMRImageStorage, MRImageStorage
 
 from dicomnode import objects
-from dicomnode.objects import invariants, sample_grid, series_invariants
+from dicomnode.objects import invariants, sample_grid, series_invariants, violations
 from dicomnode.objects.common import SourceSeries, Subject
 from dicomnode.objects.invariants import check
 from dicomnode.volumes.frames import frames_of
@@ -54,19 +54,21 @@ def pair(form: str = "single") -> tuple[SourceSeries, SourceSeries, Registration
 @cache
 def made(kind: str, form: str = "single", resolution: str = "fixed") -> Dataset:
     """One object of this kind; of a series an inner slice."""
-    outputs = ["dsr", "series"] if kind == "series" else [kind]
-    found = [
-        dataset
-        for name, dataset in make_objects(*series(form), pair(form)[2], outputs=outputs, resolution=resolution)
-        if name == kind
-    ]
+    found = all_made(kind, form, resolution)
     return found[len(found) // 2]
+
+
+@cache
+def all_made(kind: str, form: str = "single", resolution: str = "fixed") -> list[Dataset]:
+    outputs = {"series": ["dsr", "series"], "blending": ["series", "blending"]}.get(kind, [kind])
+    everything = make_objects(*series(form), pair(form)[2], outputs=outputs, resolution=resolution)
+    return [dataset for name, dataset in everything if name == kind]
 
 
 def checked(dataset: Dataset, kind: str, form: str = "single", resolution: str = "fixed") -> None:
     fixed, moving, registration = pair(form)
     subject = Subject(fixed, moving, make_provenance(), is_deformable=True, resolution=resolution)
-    also = [made("dsr", form)] if kind == "series" else []
+    also = {"series": lambda: [made("dsr", form)], "blending": lambda: all_made("series", form)}.get(kind, list)()
     check(
         dataset,
         subject,
@@ -82,6 +84,15 @@ def deformable(dataset: Dataset) -> Dataset:
 
 def grid(dataset: Dataset) -> Dataset:
     return deformable(dataset).DeformableRegistrationGridSequence[0]
+
+
+def layer(dataset: Dataset, index: int) -> Dataset:
+    return dataset.BlendingSequence[index].ReferencedSeriesSequence[0]
+
+
+def named(report: Dataset) -> Dataset:
+    """A reference in a report's content."""
+    return next(violations.items(report.ContentSequence[-1], "ReferencedSOPInstanceUID"))
 
 
 def moving_item(dataset: Dataset) -> Dataset:
@@ -221,6 +232,13 @@ OF_KIND: dict[str, dict[str, Spoil]] = {
         "Rows is not the fixed slice's": lambda d: (setattr(d, "Rows", d.Columns), setattr(d, "Columns", 16)),
         "no Image Position (Patient)": lambda d: delattr(d, "ImagePositionPatient"),
     },
+    "blending": {
+        "order of the layers": lambda d: d.BlendingSequence.reverse(),
+        "images of the layer below": without(lambda d: layer(d, 0).ReferencedImageSequence),
+        "images of the layer above": without(lambda d: layer(d, 1).ReferencedImageSequence),
+        "reference to": lambda d: setattr(layer(d, 1).ReferencedImageSequence[0], "ReferencedSOPInstanceUID", STRANGER),
+    },
+    "sr": {"reference to": lambda d: setattr(named(d), "ReferencedSOPInstanceUID", STRANGER)},
     "series of the moving voxel size": {
         "planes are not parallel to the fixed ones": put("ImageOrientationPatient", [0, 1, 0, 1, 0, 0]),
         "slice lies outside the fixed volume's box": lambda d: shift(d.ImagePositionPatient, 2, 40),
@@ -295,6 +313,6 @@ def test_all_that_is_built_passes() -> None:
     built = make_objects(*series("Enhanced"), outputs=[o for o in objects.OUTPUTS if o != "dsr-inverse"])
     fixed, moving, _ = pair("Enhanced")
     subject = Subject(fixed, moving, make_provenance(), is_deformable=True)
-    also = [dataset for kind, dataset in built if kind in ("dsr", "series")]
-    for _, dataset in built:
-        check(dataset, subject, also=also)
+    refers = {"series": "dsr", "blending": "series"}
+    for kind, dataset in built:
+        check(dataset, subject, also=[each for name, each in built if name == refers.get(kind)])

@@ -14,8 +14,10 @@ from typing import Any
 
 import pydicom
 import pytest
+from outbox import Delivering, Outbox, make_dataset
 from pydicom.data import get_testdata_file
 from raw_scu import CT, EXPLICIT, associate_rq
+from running_node import free_port
 
 from dicomnode.archive import Archive
 from dicomnode.errors import LocalError, RemoteError
@@ -26,6 +28,7 @@ from dicomnode.model import Destination, Instance, TlsFiles
 from dicomnode.negotiation import Access
 from dicomnode.scu import Association
 from dicomnode.tls import server_context
+from dicomnode.web import WebServer, application
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 
@@ -188,6 +191,41 @@ def test_we_do_not_store_at_another_host_than_the_certificate_names_nor_with_one
 ) -> None:
     with pytest.raises(RemoteError, match=reason):
         stored_over_tls(certificates, listener.port, "127.0.0.1", **options)
+
+
+@pytest.mark.parametrize(("name", "state"), [("peer", "delivered"), ("stranger", "waiting"), (None, "waiting")])
+def test_stow_goes_over_mutual_tls_or_waits(certificates: Path, tmp_path: Path, name: str | None, state: str) -> None:
+    outbox, index = Outbox(tmp_path / "ours"), Index(f"sqlite:///{tmp_path}/theirs.db")
+    index.migrate()
+    intake = Intake(Archive(tmp_path / "theirs"), index)
+    intake.start()
+    port = free_port()
+    web = WebServer(
+        application(intake, called_ae_title="NODE", is_admitted=lambda _: True, silence_s=5.0),
+        "127.0.0.1", port, max_connections=20,
+        tls=server_context(certificates / "node.pem", certificates / "node.key", certificates / "ca.pem"),
+    )  # fmt: skip
+    web.start()
+    try:
+        dataset = make_dataset(1)
+        dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.PatientID = "2.25.8", "2.25.8.1", "P"
+        (instance,) = outbox.put(dataset)
+        files = TlsFiles(
+            certificates / f"{name}.pem", certificates / f"{name}.key", certificates / "ca.pem", check_host_name=False
+        )
+        destination = Destination(
+            "pacs", "STOW-RS", "127.0.0.1", port, url=f"https://127.0.0.1:{port}/dicom-web", timeout_s=5.0,
+            tls=files if name else None,
+        )  # fmt: skip
+        service = Delivering([destination], outbox.index, outbox.archive, ae_title="NODE", clock=outbox.clock)
+        service.once()
+    finally:
+        web.stop()
+        intake.stop()
+        index.close()
+
+    assert outbox.rows()[instance.sop_instance_uid]["state"] == state
+    outbox.index.close()
 
 
 def test_a_certificate_of_ours_that_cannot_be_read_is_trouble_of_our_own(
