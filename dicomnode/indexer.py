@@ -32,6 +32,8 @@ MAX_ATTEMPTS = 6  # a power cut while it is read counts too, and is not its faul
 READING_LIMIT_S = 30
 MEMORY_BYTES = 2 << 30  # a deflated data set of a megabyte may be one of a gigabyte
 IDLE_S = 0.25
+STREAMING_S = 1.5  # what came is written down every half second
+LONGEST_WAIT_S = 10.0
 RETRY_S = 2.0
 _LARGE_ELEMENT_BYTES = 65536
 _LONGEST_UID = 64  # PS3.5 9.1
@@ -86,6 +88,14 @@ class Indexer:
                 self._index.put_back([entry for entry, _ in readable])
                 raise
         return len(entries)
+
+    def gives_way(self, now: datetime) -> bool:
+        """Whether instances stream in so fast that reading headers would slow the answers down.
+
+        Never for longer than LONGEST_WAIT_S: what came before that is read whatever streams in.
+        """
+        found = self._index.pace(BATCH)
+        return found is not None and is_streaming(*found, now=now)
 
     def _settle(self, readable: Sequence[tuple[JournalEntry, InstanceHeader]]) -> None:
         instances = self._archive.settle([entry for entry, _ in readable])
@@ -144,6 +154,17 @@ class Indexer:
         return header
 
 
+def is_streaming(oldest: datetime, recent: datetime, *, now: datetime) -> bool:
+    """Whether a whole batch came within STREAMING_S, and nothing waits for longer than LONGEST_WAIT_S.
+
+    Parameters
+    ----------
+    oldest, recent
+        When the first of what waits came, and the first of the last batch. A clock that was set back is no stream.
+    """
+    return 0 <= (now - recent).total_seconds() < STREAMING_S and (now - oldest).total_seconds() < LONGEST_WAIT_S
+
+
 def run(indexer: Indexer, stop: threading.Event) -> None:
     """Empty the journal until `stop` is set, in this process's main thread, with its memory bounded."""
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -151,7 +172,7 @@ def run(indexer: Indexer, stop: threading.Event) -> None:
     os.nice(5)  # answering senders comes first
     while not stop.is_set():
         try:
-            if not indexer.run_once():
+            if indexer.gives_way(datetime.now(UTC)) or not indexer.run_once():
                 stop.wait(IDLE_S)
         except LocalError as error:
             log.error("indexer: trying again after: %s", error)

@@ -91,6 +91,14 @@ class Journal(Receiving):
         with self._reading() as connection:
             return connection.scalar(sa.select(journal.c.id).where(journal.c.path == path)) is not None
 
+    def pace(self, count: int) -> tuple[datetime, datetime] | None:
+        """When the oldest entry came, and the one that is `count`-th from the newest; None where there are fewer."""
+        oldest = sa.select(journal.c.received_at).order_by(journal.c.id).limit(1)
+        recent = sa.select(journal.c.received_at).order_by(journal.c.id.desc()).offset(count - 1).limit(1)
+        with self._reading() as connection:
+            found = connection.scalar(oldest), connection.scalar(recent)
+        return None if found[0] is None or found[1] is None else (found[0], found[1])
+
     def take_unindexed(self, limit: int) -> list[JournalEntry]:
         """The oldest entries, each counted as begun; only the first, if it was begun in vain before."""
         query = sa.select(journal).order_by(journal.c.id).limit(limit)
