@@ -26,6 +26,7 @@ from torch.nn.functional import interpolate
 
 from registration_engine import PRESETS, Volume, register
 from registration_engine.checkpoint import load_model
+from registration_engine.devices import autocast_type
 from registration_engine.prepare import prepared
 from registration_engine.synth import synthetic_pair
 from registration_engine.tuning import NetworkPair, tuned
@@ -39,8 +40,10 @@ HEAD = """# Memory and work by the size of the images
 Written by `python benchmarks/memory.py`; do not edit. Fixed and moving image of one shape, 1 mm voxels, one thread,
 each row a process of its own; peak memory is that of the whole process, interpreter and libraries (about 300 MB)
 included. Field presets do two iterations on each level: memory does not depend on how many, and the seconds show how
-the cost grows, not how long a registration takes. A paper row is one epoch at the images' own resolution, activations
-recomputed where the volume has more than two million voxels.
+the cost grows, not how long a registration takes. A paper row is one step between two predictions at the images' own
+resolution, in bfloat16 where the processor multiplies it, activations recomputed above two million voxels.
+
+Measured on: {machine}.
 
 | preset | voxels (X × Y × Z) | peak MB | CPU s | µs per voxel |
 |---|---|---|---|---|
@@ -87,6 +90,8 @@ def main() -> None:
         print(json.dumps(measured(name, SHAPES[int(number)])))
         return
     KEPT.mkdir(parents=True, exist_ok=True)
+    fast = "with" if autocast_type(CPU) is not None else "without"
+    machine = f"{torch.backends.cpu.get_cpu_capability()}, {fast} bfloat16 in hardware, one thread, shared"
     lines = []
     for name in ROWS:
         for number, shape in enumerate(SHAPES):
@@ -101,7 +106,7 @@ def main() -> None:
             row = f"{name} | {x} × {y} × {z} | {found['peak_mb']:.0f} | {found['cpu_seconds']:.1f} | {per_voxel:.1f}"
             lines.append(f"| {row} |\n")
             print(lines[-1], end="", flush=True)
-    TABLE.write_text(HEAD + "".join(lines), encoding="utf-8")
+    TABLE.write_text(HEAD.format(machine=machine) + "".join(lines), encoding="utf-8")
 
 
 def measured(name: str, shape: tuple[int, int, int]) -> dict[str, float]:
