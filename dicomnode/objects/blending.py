@@ -13,7 +13,8 @@ from pydicom import Dataset, dcmread
 from pydicom.data import get_palette_files
 from pydicom.uid import BlendingSoftcopyPresentationStateStorage
 
-from dicomnode.objects.common import Subject, decimal, identify_content, own_object, pair_description, refer, reference
+from dicomnode.objects.common import Subject, decimal, identify_content, own_object, pair_description
+from dicomnode.objects.references import refer, reference
 from dicomnode.objects.scale import header_window, scale_of
 from dicomnode.volumes import rescale
 from registration_engine import Volume

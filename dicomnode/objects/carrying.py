@@ -15,8 +15,9 @@ from pydicom import Dataset
 from pydicom.uid import UID, RTStructureSetStorage, SegmentationStorage
 
 from dicomnode.errors import StudyError
-from dicomnode.objects.common import SourceSeries, Subject, refer, reference
+from dicomnode.objects.common import SourceSeries, Subject
 from dicomnode.objects.deformable import interpolate
+from dicomnode.objects.references import refer, reference
 from registration_engine import DisplacementField, Grid, Volume, warp
 
 KINDS = {

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from functools import cached_property
@@ -25,8 +25,9 @@ from pydicom.valuerep import DSfloat
 from dicomnode.errors import StudyError
 from dicomnode.objects.mark import marked
 from dicomnode.objects.patient import copy_patient_and_study, set_body_part, study_time
+from dicomnode.objects.references import by_series, refer, references
 from dicomnode.objects.texts import ascii_text, described, long_string
-from dicomnode.volumes import SOFTWARE_NAME, frame_count, frame_number, geometry
+from dicomnode.volumes import SOFTWARE_NAME, frame_number, geometry
 from registration_engine import Grid
 
 _NAMESPACE = uuid.UUID("5a9f3f2e-6d0b-5f0c-9f5e-3f0e1f6b8c21")  # ours; changing it changes every UID
@@ -338,71 +339,6 @@ def software_versions(provenance: Provenance) -> list[str]:
     return [provenance.software_version, *model]
 
 
-def refer(target: Dataset, referred: Iterable[tuple[Dataset, Sequence[Dataset]]]) -> None:
-    """Write the Common Instance Reference module, PS3.3 C.12.2: same study apart from other studies.
-
-    Parameters
-    ----------
-    referred
-        One instance of each series, and the references to that series' instances.
-    """
-    here: list[Dataset] = []
-    elsewhere: dict[str, list[Dataset]] = {}
-    for instance, references in referred:
-        item = Dataset()
-        item.ReferencedInstanceSequence = [_instance(each) for each in references]
-        item.SeriesInstanceUID = instance.SeriesInstanceUID
-        study = str(instance.StudyInstanceUID)
-        (here if study == target.StudyInstanceUID else elsewhere.setdefault(study, [])).append(item)
-    if here:
-        target.ReferencedSeriesSequence = here
-    if elsewhere:
-        target.StudiesContainingOtherReferencedInstancesSequence = [_study(*each) for each in elsewhere.items()]
-
-
-def by_series(datasets: Iterable[Dataset]) -> list[tuple[Dataset, list[Dataset]]]:
-    """What `refer` takes: of each series one instance, and references to all that are here."""
-    series: dict[str, list[Dataset]] = {}
-    for dataset in datasets:
-        series.setdefault(str(dataset.SeriesInstanceUID), []).append(dataset)
-    return [(several[0], references(several)) for several in series.values()]
-
-
-def reference(dataset: Dataset, *, purpose: Dataset | None = None) -> Dataset:
-    """Referenced SOP Class UID and Referenced SOP Instance UID of an instance."""
-    item = Dataset()
-    item.ReferencedSOPClassUID = dataset.SOPClassUID
-    item.ReferencedSOPInstanceUID = dataset.SOPInstanceUID
-    if purpose is not None:
-        item.PurposeOfReferenceCodeSequence = [purpose]
-    return item
-
-
-def references(datasets: Sequence[Dataset], *, purpose: Dataset | None = None) -> list[Dataset]:
-    """A reference to each instance once; of a multi-frame one it names the frames, where not all are meant.
-
-    PS3.3 Table 10-3: Referenced Frame Number is required only where the reference does not apply to all frames.
-    """
-    instances: dict[str, list[Dataset]] = {}
-    for dataset in datasets:
-        instances.setdefault(str(dataset.SOPInstanceUID), []).append(dataset)
-    made = []
-    for several in instances.values():
-        item = reference(several[0], purpose=purpose)
-        if len(several) < frame_count(several[0]):
-            item.ReferencedFrameNumber = sorted(frame_number(dataset) for dataset in several)
-        made.append(item)
-    return made
-
-
-def _instance(item: Dataset) -> Dataset:
-    """The same reference to the instance as a whole, as the Common Instance Reference module has it."""
-    whole = copy.deepcopy(item)
-    if "ReferencedFrameNumber" in whole:
-        del whole.ReferencedFrameNumber
-    return whole
-
-
 def code(value: str, meaning: str, scheme: str = "DCM") -> Dataset:
     """A code, by default of the DICOM Controlled Terminology."""
     item = Dataset()
@@ -438,13 +374,6 @@ def series_name(series: SourceSeries) -> str:
 def series_number(moving: Dataset, offset: int) -> int:
     """The moving series' number plus an offset, within Integer String."""
     return min(int(moving.get("SeriesNumber") or 0), 10**8) + offset
-
-
-def _study(study_instance_uid: str, series: list[Dataset]) -> Dataset:
-    item = Dataset()
-    item.ReferencedSeriesSequence = series
-    item.StudyInstanceUID = study_instance_uid
-    return item
 
 
 def _uid(parts: list[object]) -> UID:

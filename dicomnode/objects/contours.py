@@ -18,8 +18,9 @@ from pydicom.uid import RTStructureSetStorage
 
 from dicomnode.errors import StudyError
 from dicomnode.objects.carrying import Drawing, carried_points, carried_values
-from dicomnode.objects.common import Subject, code, own_object, reference, set_frame_of_reference
+from dicomnode.objects.common import Subject, code, own_object, set_frame_of_reference
 from dicomnode.objects.outlines import band_mm, outlines, signed_distance
+from dicomnode.objects.references import reference
 from dicomnode.volumes import frame_number
 from registration_engine import DisplacementField, Grid
 

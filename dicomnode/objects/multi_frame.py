@@ -15,8 +15,9 @@ from pydicom import Dataset
 from pydicom.uid import EnhancedCTImageStorage, EnhancedMRImageStorage, EnhancedPETImageStorage
 
 from dicomnode.objects.acquisition import KEPT, MOVING_GRID, derivation
-from dicomnode.objects.common import Subject, code, decimal, new_dataset, refer, reference, references
+from dicomnode.objects.common import Subject, code, decimal, new_dataset
 from dicomnode.objects.planes import Plane, Planes
+from dicomnode.objects.references import refer, reference, references
 from dicomnode.objects.scale import Scale
 from dicomnode.volumes import frame_number
 

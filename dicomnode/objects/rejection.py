@@ -12,8 +12,9 @@ from pydicom import Dataset
 from pydicom.config import disable_value_validation
 from pydicom.uid import UID, KeyObjectSelectionDocumentStorage
 
-from dicomnode.objects.common import _uid, code, new_dataset, reference, series_number, set_times
+from dicomnode.objects.common import _uid, code, new_dataset, series_number, set_times
 from dicomnode.objects.patient import copy_patient_and_study
+from dicomnode.objects.references import reference
 from dicomnode.objects.texts import ascii_text
 from dicomnode.volumes import SOFTWARE_NAME
 

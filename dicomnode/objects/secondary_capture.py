@@ -9,9 +9,10 @@ from PIL import Image
 from pydicom import Dataset
 from pydicom.uid import SecondaryCaptureImageStorage
 
-from dicomnode.objects.common import SourceSeries, Subject, code, own_object, pair_description, references
+from dicomnode.objects.common import SourceSeries, Subject, code, own_object, pair_description
 from dicomnode.objects.measurement_report import VERDICTS
 from dicomnode.objects.pages import Words, pages, window_of
+from dicomnode.objects.references import references
 from dicomnode.objects.scale import header_window
 from dicomnode.objects.texts import ascii_text, long_string
 from dicomnode.quality import Quality

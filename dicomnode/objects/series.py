@@ -23,9 +23,6 @@ from dicomnode.objects.common import (
     decimal,
     new_dataset,
     pair_description,
-    refer,
-    reference,
-    references,
     series_number,
     set_times,
 )
@@ -34,6 +31,7 @@ from dicomnode.objects.mark import mark_image, marked
 from dicomnode.objects.multi_frame import is_enhanced, multi_frame_instance, multi_frame_template
 from dicomnode.objects.patient import copy_patient_and_study
 from dicomnode.objects.planes import Plane, Planes, planes_of, set_position
+from dicomnode.objects.references import refer, reference, references
 from dicomnode.objects.scale import Scale, is_ct, outside_of, scale_of
 from dicomnode.volumes import frame_number, single_frame_class
 from registration_engine import Volume, warp

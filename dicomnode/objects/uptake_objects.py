@@ -22,17 +22,16 @@ from dicomnode.objects.common import (
     Provenance,
     SourceSeries,
     Subject,
-    by_series,
     code,
     identify_content,
     own_object,
-    refer,
     series_name,
     set_frame_of_reference,
 )
 from dicomnode.objects.invariants import check
 from dicomnode.objects.map_frames import index_by_segment, set_bits, set_frames
 from dicomnode.objects.measurement_report import algorithm, report_object, write_groups
+from dicomnode.objects.references import by_series, refer
 from dicomnode.objects.scale import header_window
 from dicomnode.objects.secondary_capture import secondary_capture, words_of
 from dicomnode.objects.texts import described
