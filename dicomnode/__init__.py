@@ -29,7 +29,7 @@
     commitment          Storage Commitment SCP
 
     scheduler           reads the index, asks the pure rooms, writes what they decided
-    service             supervises all of it; cli wires it together
+    service             supervises all of it; cli wires it together; account: who gives a command
     demo, phantom, anatomy   `dicomnode demo`: a generated study through the whole line
 
 Rooms of the shell (listener, scheduler, steps, delivery) meet in the index and never import each other.

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import getpass
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 
 from dicomnode import config as configuration
+from dicomnode.account import account
 from dicomnode.archive import Archive
 from dicomnode.errors import ConfigError
 from dicomnode.index import Index, Which, open_index
@@ -93,7 +92,7 @@ def reject(arguments: argparse.Namespace) -> int:
 
     with _job(arguments) as (config, index, job):
         over = HandOver(config, index, Archive(config.data_dir))
-        noted = over.reject(job, by=_person(), why=arguments.reason, now=datetime.now(UTC))
+        noted = over.reject(job, by=account(), why=arguments.reason, now=datetime.now(UTC))
     told = f"; a rejection note goes to {', '.join(noted)}" if noted else ""
     print(f"job {job.id} is rejected: nothing of it is sent{told}")
     return 0
@@ -142,13 +141,9 @@ def _approve(arguments: argparse.Namespace, index: Index, job: Job) -> int:
     if arguments.destination is not None:
         raise ConfigError("release", "--destination", arguments.destination, "none: a job is approved as a whole")
     config = configuration.load(arguments.config)
-    HandOver(config, index, Archive(config.data_dir)).approve(job, by=_person(), now=datetime.now(UTC))
+    HandOver(config, index, Archive(config.data_dir)).approve(job, by=account(), now=datetime.now(UTC))
     print(f"job {job.id} is approved: its results are on their way")
     return 0
-
-
-def _person() -> str:
-    return getpass.getuser() if os.environ.get("USER") else "command line"
 
 
 @contextmanager

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import getpass
 import json
-import os
 import re
 import warnings
 from collections import defaultdict
@@ -22,6 +20,7 @@ from pydicom.errors import InvalidDicomError
 
 from dicomnode import config as configuration
 from dicomnode import pairing, partners, rules, trace, volumes
+from dicomnode.account import account
 from dicomnode.destinations import SENDER
 from dicomnode.errors import ConfigError, StudyError
 from dicomnode.findings import label
@@ -77,7 +76,7 @@ def _put(config: configuration.Config, found: RuleSet, *, source: str, comment: 
         found.sha256,
         written=found.written,
         source=source,
-        author=getpass.getuser(),
+        author=account(),
         comment=comment,
         now=datetime.now(UTC),
     )
@@ -377,8 +376,7 @@ def settle(arguments: argparse.Namespace) -> int:
     from dicomnode.workflow import JobQueue
 
     queue, now = JobQueue(index.engine), datetime.now(UTC)
-    by = getpass.getuser() if os.environ.get("USER") else "command line"
-    jobs = index.settle(item, pairs, by=by, plan=rule.plan(now), enqueue=queue.enqueue, now=now)
+    jobs = index.settle(item, pairs, by=account(), plan=rule.plan(now), enqueue=queue.enqueue, now=now)
     queue.close()
     index.close()
     print(f"item {item.id} settled: pairs: {len(pairs)}, jobs {', '.join(jobs) or 'none: they stood already'}")

@@ -92,13 +92,14 @@ MAY_IMPORT = {
     "phantom": {"anatomy"},
     "demo": {"phantom", "errors"},
     "jobs_parser": {"jobs_cli"},
+    "account": set(),
     "jobs_cli": {
-        "archive", "config", "errors", "handover", "index", "model", "reproduce", "rules", "workflow",
+        "account", "archive", "config", "errors", "handover", "index", "model", "reproduce", "rules", "workflow",
     },
     "rules_parser": {"rules_cli"},
     "rules_cli": {
-        "config", "destinations", "errors", "findings", "index", "model", "pairing", "partners", "rules", "scopes",
-        "trace", "volumes", "workflow",
+        "account", "config", "destinations", "errors", "findings", "index", "model", "pairing", "partners", "rules",
+        "scopes", "trace", "volumes", "workflow",
     },
     "cli": {
         "archive", "config", "demo", "errors", "importing", "index", "indexer", "jobs_parser", "model", "rules",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from held import Held
 from volume_refs import NOW, volume
 
 from dicomnode import cli, pairing, rules, trace
+from dicomnode.account import account
 
 SMALL: dict[str, Any] = {"shape": (8, 8, 8), "spacing_mm": (5.0, 4.0, 4.0), "study": "A", "patient_id": "A"}
 RULES = """
@@ -167,3 +169,11 @@ def test_the_gate_of_a_rule_with_priors_hides_no_other_rule_s_reason() -> None:
     assert decision.reasons["pt"] == (
         "no rule takes it: rule pre-post is for Modality 'CT', got 'PT'; rule to-prior is for Modality 'MR', got 'PT'"
     )
+
+
+def test_a_container_without_accounts_has_a_name_for_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 987654)
+
+    assert account() == "account 987654"
