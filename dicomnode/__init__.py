@@ -13,9 +13,10 @@
     job claimed         workflow      in the worker process
       → registration    registering   registration_engine.register; job_folder: what lies from one step to the next
       → verdict         quality       pure: figures and maps of one registration, on the field that is delivered
+                        uptake        pure: curves of a dynamic series' regions, before and after
                         verdict       pure: accept · warn · reject
       → objects         products      every object of every pair of the job that was not rejected
-                        objects       pure: registered series, SRO, DSR; UIDs derived from the inputs
+                        objects       pure: registered series, SRO, DSR, reports, maps …; UIDs derived from the inputs
       → handed over     handover      approval, rejection notes about what former jobs had sent
       → deliveries      index         one row per (instance, destination)
     delivered           delivery      sent until it has arrived or is named; scu: the associations that we open
