@@ -26,7 +26,10 @@ _PALETTE = "hotiron.dcm"
 
 
 def blending_state(subject: Subject, fixed: Volume, moving: Volume, registered: Sequence[Dataset]) -> Dataset | None:
-    """Write it; None of a fixed series whose slices have rescales of their own: an item holds one for all its images.
+    """Write it; None where it cannot be written.
+
+    Of a fixed series whose slices have rescales of their own, since an item holds one for all its images; and of one
+    without a Frame of Reference, which then only the registered series has (PS3.3 C.11.14 wants a registration there).
 
     Parameters
     ----------
@@ -36,7 +39,7 @@ def blending_state(subject: Subject, fixed: Volume, moving: Volume, registered: 
         Headers of every instance of the registered series.
     """
     scales = {rescale(dataset) for dataset in subject.fixed.datasets}
-    if len(scales) != 1:
+    if len(scales) != 1 or not subject.fixed.first.get("FrameOfReferenceUID"):
         return None
     dataset = own_object(
         subject,

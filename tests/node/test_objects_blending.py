@@ -92,6 +92,14 @@ def test_slices_with_rescales_of_their_own_cannot_be_blended() -> None:
     assert {kind for kind, _ in make_objects(fixed, moving, outputs=["series", "blending"])} == {"series"}
 
 
+def test_without_a_frame_of_reference_the_two_are_not_laid_over_each_other() -> None:
+    fixed, moving = phantoms.make_pair()
+    for dataset in fixed:
+        del dataset.FrameOfReferenceUID
+
+    assert {kind for kind, _ in make_objects(fixed, moving, outputs=["series", "blending"])} == {"series"}
+
+
 def test_without_the_registered_series_there_is_nothing_to_show() -> None:
     with pytest.raises(ValueError, match="expected series among them"):
         make_objects(*phantoms.make_pair(), outputs=["blending"])
