@@ -188,17 +188,21 @@ def _stacks(images: Sequence[Dataset]) -> tuple[list[tuple[phases.Part, Stack]],
 
 
 def _named_by_plane(found: list[tuple[phases.Part, Stack]], planes: int) -> list[tuple[phases.Part, Stack]]:
-    """Where volumes lie in several planes, every one says in which; all then have the same keywords."""
+    """Where volumes lie in several planes, every one says in which, by what differs; all have the same keywords."""
     if planes == 1:
         return found
     keys = {key: None for part, _ in found for key in part.split_by}
+    plane = {key: [_plain(stack.datasets[0][key].value) for _, stack in found] for key in _PLANE}
     named = []
-    for part, stack in found:
-        first = stack.datasets[0]
-        where = {"ImageOrientationPatient": _plain(first.ImageOrientationPatient), "Rows": int(first.Rows)}
+    for n, (part, _) in enumerate(found):
+        where = {key: several[n] for key, several in plane.items() if any(each != several[0] for each in several)}
         absent: dict[str, HeaderValue] = {key: part.split_by.get(key, "") for key in keys}
-        named.append((phases.replaced(part, {**where, **absent}), stack))
+        named.append((phases.replaced(part, {**where, **absent}), found[n][1]))
     return named
+
+
+_PLANE = ("ImageOrientationPatient", "Rows", "Columns", "PixelSpacing")
+"""What `phases.by_plane` looks at."""
 
 
 def _slice(dataset: Dataset) -> phases.Slice:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import phantoms
@@ -155,14 +156,20 @@ def test_a_strange_image_among_slices_is_left_out_and_named() -> None:
     assert described.notes[1].startswith("left out: 1 images of one plane: ")
 
 
-def test_two_orientations_in_one_series_are_two_volumes() -> None:
-    axial, oblique = phantoms.make_series(), phantoms.make_series(oblique=True)
-    for dataset in oblique:
+@pytest.mark.parametrize(
+    ("second", "keyword"),
+    [({"oblique": True}, "ImageOrientationPatient"), ({"spacing_mm": (5.0, 2.0, 2.0)}, "PixelSpacing")],
+)
+def test_two_planes_in_one_series_are_two_volumes_told_apart_by_what_differs(
+    second: dict[str, Any], keyword: str
+) -> None:
+    axial, other = phantoms.make_series(), phantoms.make_series(**second)
+    for dataset in other:
         dataset.SeriesInstanceUID = axial[0].SeriesInstanceUID
 
-    described = volumes.describe([*axial, *oblique], last_received_at=WHEN)
+    described = volumes.describe([*axial, *other], last_received_at=WHEN)
 
-    assert [tuple(volume.split_by) for volume, _ in described.volumes] == [("ImageOrientationPatient", "Rows")] * 2
+    assert [tuple(volume.split_by) for volume, _ in described.volumes] == [(keyword,)] * 2
     assert [len(members) for _, members in described.volumes] == [20, 20]
 
 

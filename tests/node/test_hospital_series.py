@@ -124,7 +124,7 @@ SEVERAL: dict[str, tuple[list[Any], tuple[str, ...], int, int]] = {
         one_instance_per_time(True), ("AcquisitionDateTime",), 3, 3,
     ),
     "Siemens XA, one instance per time": (one_instance_per_time(False), ("AcquisitionDateTime",), 3, 3),
-    "GE, two stacks in one instance": (two_stacks(), ("ImageOrientationPatient", "Rows"), 2, 1),
+    "GE, two stacks in one instance": (two_stacks(), ("ImageOrientationPatient",), 2, 1),
     "Philips, parts, echoes and times": (
         multi_frame([frame_kind(part, echo, t) for t in (1, 2, 3) for echo in (2.3, 4.6) for part in "MP"]),
         ("ImageType", "EchoTime", "TemporalPositionIndex"), 12, 3,
