@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, date, datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -36,29 +36,33 @@ def ask(held: Held, source: Source, study: str, intake: Intake | None = None) ->
     return PriorService([source], held.index, intake or Intake(held.archive, held.index), ae_title="DICOMNODE")
 
 
-class _Door(BaseHTTPRequestHandler):
-    """Answers everything with `answer`."""
+Answer = Callable[[str], tuple[str, bytes]]
+"""A path and query → Content-Type and body."""
 
-    answer = b""
+
+class _Door(BaseHTTPRequestHandler):
+    answer: ClassVar[Answer]
     asked: ClassVar[list[str]]
 
     def do_GET(self) -> None:
         """Answer."""
         self.asked.append(self.path)
+        kind, body = type(self).answer(self.path)
         self.send_response(200)
-        self.send_header("Content-Type", "application/dicom+json")
+        self.send_header("Content-Type", kind)
         self.end_headers()
-        self.wfile.write(self.answer)
+        self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
 
 
 @contextmanager
-def answering(answer: bytes) -> Iterator[tuple[Source, list[str]]]:
-    """A DICOMweb server that answers everything with `answer`, and the paths that it is asked for."""
+def answering(answer: bytes | Answer) -> Iterator[tuple[Source, list[str]]]:
+    """A DICOMweb server, and the paths that it is asked for; bytes are its answer to everything."""
     asked: list[str] = []
-    server = HTTPServer(("127.0.0.1", 0), type("Door", (_Door,), {"answer": answer, "asked": asked}))
+    by_path = (lambda _path: ("application/dicom+json", answer)) if isinstance(answer, bytes) else answer
+    server = HTTPServer(("127.0.0.1", 0), type("Door", (_Door,), {"answer": staticmethod(by_path), "asked": asked}))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:

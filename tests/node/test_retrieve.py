@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -347,3 +348,29 @@ def test_an_answer_that_makes_no_sense_is_one_attempt_like_any_other(held: Held,
     (row,) = held.index.status()["priors"]
     assert (row["state"], row["attempts"]) == ("waiting", 1)
     assert row["reason"].startswith("pacs: its answer")
+
+
+def test_whose_prior_it_is_is_looked_at_again_after_it_came(held: Held, intake: Intake, tmp_path: Path) -> None:
+    current, stranger = new_mr(), old_ct(patient_id="SOMEBODY ELSE")
+    study, series = str(stranger[0].StudyInstanceUID), str(stranger[0].SeriesInstanceUID)
+    parts = [path.read_bytes() for path in phantoms.write_series(stranger, tmp_path / "images")]
+    body = b"".join(b"--b\r\nContent-Type: application/dicom\r\n\r\n" + part + b"\r\n" for part in parts) + b"--b--"
+    mistaken = [{"0020000D": {"Value": [study]}, "00080020": {"Value": ["20260101"]}, "00100020": {"Value": ["P"]}}]
+    held_there = [{"0020000E": {"Value": [series]}, "00080060": {"Value": ["CT"]}, "00201209": {"Value": [len(parts)]}}]
+
+    def answer(path: str) -> tuple[str, bytes]:
+        if path.endswith(series):
+            return "multipart/related; boundary=b", body
+        return "application/dicom+json", json.dumps(held_there if "/series?" in path else mistaken).encode()
+
+    held.receive(current)
+    with answering(answer) as (source, _):
+        ask(held, source, str(current[0].StudyInstanceUID), intake).fetch_due(datetime.now(UTC))
+    held.tick()
+
+    (row,) = held.index.status()["priors"]
+    assert row["state"] == "failed"
+    assert row["reason"] == f"series {series} is of another person than was asked for"
+    assert "SOMEBODY" not in row["reason"]
+    assert len(held.index.instances_of(series)) == len(stranger)  # kept, and by nobody's rule
+    assert held.index.status()["jobs"] == []
