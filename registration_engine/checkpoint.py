@@ -211,6 +211,20 @@ def network_of(source: str, *, device: torch.device) -> UNet:
     return network.requires_grad_(False).eval().to(device)
 
 
+def start_from(model: UNet, source: str) -> None:
+    """Give a network the weights of a shipped model, or of a training state.
+
+    Raises
+    ------
+    InvalidRequestError
+        Neither a shipped model nor a training state, or one of another architecture.
+    """
+    found = network_of(source, device=torch.device("cpu"))
+    if found.architecture != model.architecture:
+        raise InvalidRequestError(f"Start: {source} is of another architecture, expected {model.architecture}")
+    model.load_state_dict(found.state_dict())
+
+
 def sha256_of(path: Path) -> str:
     """Of a file's bytes, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

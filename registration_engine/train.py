@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from registration_engine.checkpoint import TrainingState, restore_state, save_state
+from registration_engine.checkpoint import TrainingState, restore_state, save_state, start_from
 from registration_engine.devices import autocast_type
 from registration_engine.errors import DivergedError
 from registration_engine.objectives import multi_axis_mutual_information, smoothness
@@ -133,6 +133,8 @@ def _restored(config: TrainingConfig, device: torch.device) -> tuple[UNet, torch
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     path = config.out / STATE
     if not path.exists():
+        if config.start:
+            start_from(model, config.start)
         return model, optimizer, TrainingState(step=0, seconds=0.0)
     return model, optimizer, restore_state(path, config, model, optimizer)
 

@@ -24,6 +24,9 @@ class TrainingConfig:
         Folder of the run; relative paths are relative to the working directory.
     teacher
         Distillation only: name of a shipped model, or the `state.safetensors` of a run.
+    start
+        Name of a shipped model, or the `state.safetensors` of a run, of the same architecture: its weights are where
+        this run begins; by default random ones.
     shape
         (Z, Y, X) of the synthetic pairs, multiples of 16.
     epochs, pairs_per_epoch
@@ -46,6 +49,7 @@ class TrainingConfig:
     model: str
     out: Path
     teacher: str = ""
+    start: str = ""
     seed: int = 0
     shape: tuple[int, int, int] = (128, 128, 128)
     epochs: int = 300

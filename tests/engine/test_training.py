@@ -112,6 +112,19 @@ def test_a_process_killed_again_and_again_ends_with_the_weights_of_one_left_alon
     assert len(list((tmp_path / "pieces" / "tensorboard").iterdir())) == 3
 
 
+def test_a_run_begins_at_the_weights_it_is_given_and_refuses_those_of_another_network(tmp_path: Path) -> None:
+    first = tmp_path / "first" / "state.safetensors"
+    run(train, config(tmp_path / "first", pairs_per_epoch=2))
+    still = {"pairs_per_epoch": 1, "learning_rate": 0.0, "start": str(first), "seed": 9}
+
+    run(train, config(tmp_path / "second", **still))
+
+    before, after = (network_of(str(tmp_path / n / "state.safetensors"), device=CPU) for n in ("first", "second"))
+    assert all(torch.equal(weight, after.state_dict()[name]) for name, weight in before.state_dict().items())
+    with pytest.raises(InvalidRequestError, match="is of another architecture"):
+        run(train, config(tmp_path / "third", model="teacher", **still))
+
+
 def test_the_learning_rate_falls_to_half_in_so_many_steps_and_stays_without() -> None:
     falling, steady = (config(Path("x"), halve_every=every) for every in (100, 0))
 
