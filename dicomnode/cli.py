@@ -135,15 +135,14 @@ def _indexer(arguments: argparse.Namespace) -> int:
 def _import(arguments: argparse.Namespace) -> int:
     from dicomnode.archive import Archive
     from dicomnode.importing import import_folder
-    from dicomnode.index import Index
+    from dicomnode.index import open_index
     from dicomnode.service import intake_of
 
     config = configuration.load(arguments.config)
     _log_to_stderr("warning")
     if not arguments.folder.is_dir():
         raise ConfigError("import", "DIR", str(arguments.folder), "a folder")
-    index = Index(config.database_url)
-    index.migrate()
+    index = open_index(config.database_url, create=True)
     intake = intake_of(config, Archive(config.data_dir), index)
     intake.start()
     imported = refused = 0

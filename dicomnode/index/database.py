@@ -104,7 +104,9 @@ def _local_errors() -> Iterator[None]:
     try:
         yield
     except sa.exc.SQLAlchemyError as error:
-        raise LocalError(f"database: {error}") from error
+        # what follows the first line is the statement, or, from PostgreSQL, the values of a row
+        said = str(getattr(error, "orig", None) or error).strip() or type(error).__name__
+        raise LocalError(f"database: {said.splitlines()[0]}") from error
 
 
 def upsert(

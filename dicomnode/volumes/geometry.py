@@ -15,7 +15,14 @@ import numpy.typing as npt
 from highdicom import VolumeGeometry
 from pydicom import Dataset
 from pydicom.config import disable_value_validation
-from pydicom.uid import UID, CTImageStorage, MRImageStorage, PositronEmissionTomographyImageStorage
+from pydicom.uid import (
+    UID,
+    CTImageStorage,
+    MRImageStorage,
+    PositronEmissionTomographyImageStorage,
+    RTStructureSetStorage,
+    SegmentationStorage,
+)
 
 from dicomnode.errors import IncompleteSeriesError, InconsistentGeometryError, UnsupportedImageError
 from dicomnode.volumes.frames import Frame, single_frame_class
@@ -85,7 +92,9 @@ def left_out_because(dataset: Dataset) -> str:
     """Why an instance is no slice of a volume that could be registered; empty where it is one."""
     sop_class = UID(text(dataset, "SOPClassUID"))
     problem = ""
-    if single_frame_class(dataset) not in CLASSES:
+    if sop_class in (SegmentationStorage, RTStructureSetStorage):
+        problem = f"{sop_class.name}, no image: carried along where a rule's outputs ask for contours or segmentations"
+    elif single_frame_class(dataset) not in CLASSES:
         problem = f"SOP Class {sop_class.name or 'none'}, expected CT, MR or PET Image Storage"
     elif not isinstance(dataset, Frame) and text(dataset, "NumberOfFrames") not in ("", "1"):
         problem = f"{dataset.NumberOfFrames} frames, expected one in this SOP class"

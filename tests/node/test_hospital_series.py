@@ -22,6 +22,8 @@ from pydicom.uid import (
     EnhancedCTImageStorage,
     EnhancedMRImageStorage,
     RTDoseStorage,
+    RTStructureSetStorage,
+    SegmentationStorage,
     UltrasoundMultiFrameImageStorage,
     XRay3DAngiographicImageStorage,
 )
@@ -237,6 +239,8 @@ def mixed(keyword: str, value: str) -> list[Any]:
 REFUSED: dict[str, tuple[list[Any], str]] = {
     "ultrasound": (of_class(UltrasoundMultiFrameImageStorage, "US"), "Ultrasound Multi-frame Image Storage, expected"),
     "dose": (of_class(RTDoseStorage, "RTDOSE"), "RT Dose Storage, expected CT, MR or PET"),
+    "contours": (of_class(RTStructureSetStorage, "RTSTRUCT"), "no image: carried along where a rule's outputs ask for"),
+    "segments": (of_class(SegmentationStorage, "SEG"), "no image: carried along where a rule's outputs ask for"),
     "document": (of_class(EncapsulatedPDFStorage, "DOC"), "Encapsulated PDF Storage, expected CT, MR or PET"),
     "cone beam": (of_class(XRay3DAngiographicImageStorage, "XA"), "X-Ray 3D Angiographic Image Storage, expected"),
     "planes around an axis": (radial(), "slices point in different directions: cosines differ by"),

@@ -134,6 +134,15 @@ def test_every_series_sent_or_imported_ends_with_its_reason(tmp_path: Path) -> N
         assert name not in node.logged()
 
 
+def test_a_folder_is_imported_before_the_first_start(tmp_path: Path) -> None:
+    node = RunningNode(tmp_path / "node")
+    write_series(make_series(shape=(2, 8, 8)), tmp_path / "images")
+
+    done = node.command("import", str(tmp_path / "images"))
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "imported 2 instances, 0 files not imported\n", "")
+
+
 def test_our_own_output_sent_back_is_kept_and_never_registered(tmp_path: Path) -> None:
     with ReceivingSCP() as pacs:
         node = RunningNode(tmp_path, destinations=[("pacs", "PACS", pacs.port)], quiet_period_s=0.5)
