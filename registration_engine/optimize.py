@@ -36,6 +36,9 @@ _GUARD_EVERY, _GUARD_TRIES = 10, 40
 _MARGIN_MM = 6.0
 _CHOICE_VOXELS, _CHOICE_SHARE = 150_000, 0.3
 _SEARCH_VOXELS = 250_000
+_ONE_KIND = (
+    0.8  # correlation of the bodies met so far: phases and agents 0.87 and more, T1-T2, T1-FLAIR, CT-MR 0.67 and less
+)
 _WORTH = 1.01  # as much more similar must a suppler field be: freedom always finds some likeness
 _CLEARLY = 1.005  # as much more similar must a field be that has passed through low resolution
 
@@ -73,17 +76,25 @@ def refine(
     last = max([n for n, (_, spacing) in enumerate(levels[:-1]) if spacing >= cheap], default=0)
     # Coarser levels would smooth away what the search has found.
     choice = levels[last : last + 1] if displacement.any() else levels[: last + 1]
-    best, manner, best_score = (displacement, grid), preset.manners[0], -math.inf
-    for number, tried in enumerate(preset.manners):
 
-        def part_done(part: float, before: int = number) -> None:
-            progress(_CHOICE_SHARE * (before + part) / len(preset.manners))
+    def tried(manner: Manner, number: int) -> tuple[Tensor, Grid]:
+        def part_done(part: float) -> None:
+            progress(_CHOICE_SHARE * (number + part) / (1 + len(preset.manners)))
 
-        trial = _through_levels((displacement, grid), body, moving, moving_from_fixed, choice, preset, tried, part_done)
+        start = displacement, grid
+        return _through_levels(start, body, moving, moving_from_fixed, choice, preset, manner, part_done)
+
+    manner = preset.manners[0]
+    best = tried(manner, 0)
+    if _correlation(body, moving, moving_from_fixed, *best) < _ONE_KIND:
+        manner = preset.unlike
+        best = tried(manner, 1)
+    best_score = judge(*best)
+    for number, suppler in enumerate(preset.manners[1:], start=2):
+        trial = tried(suppler, number)
         score = judge(*trial)
-        is_suppler = tried.field_smoothing < manner.field_smoothing
-        if score > best_score * (_WORTH if is_suppler else 1):
-            best, manner, best_score = trial, tried, score
+        if score > _WORTH * best_score:
+            best, manner, best_score = trial, suppler, score
     rest = levels[last + 1 :]
 
     def through(
@@ -104,6 +115,18 @@ def refine(
     if judge(displacement, grid) > best_score:
         best = displacement, grid
     return through(best, rest, _CHOICE_SHARE, 1 - _CHOICE_SHARE)
+
+
+def _correlation(
+    body: Prepared, moving: Prepared, moving_from_fixed: Matrix, displacement: Tensor, grid: Grid
+) -> float:
+    """How nearly one image is a multiple of the other over the fixed body, -1…1."""
+    spacing = float(grid.spacing_mm.max())
+    level = Level.of(body.reduced(spacing), moving.reduced(spacing), moving_from_fixed)
+    warped, weight = level.warped(fields.resize(displacement, grid, level.fixed.grid))
+    inside = level.fixed.foreground[0] * weight > 0
+    both = torch.stack([level.fixed.image[0][inside], warped[inside]])
+    return float(torch.corrcoef(both)[0, 1]) if inside.any() else 0.0
 
 
 def _through_levels(

@@ -80,6 +80,8 @@ class Preset:
     manners
         Each is tried at low resolution from the same start; the one with the highest normalized mutual information of
         the images at full resolution goes on, but a suppler one only where it is clearly better.
+    unlike
+        Takes the place of the first manner where the images turn out to be of different kinds.
     model
         The network taking part: its prediction is a start of the field, or what is tuned.
     tuning
@@ -97,7 +99,8 @@ class Preset:
     name: str
     voxels: int
     iterations: tuple[int, ...]
-    manners: tuple[Manner, ...] = (STIFF, STRUCTURAL, SUPPLE)
+    manners: tuple[Manner, ...] = (STIFF, SUPPLE)
+    unlike: Manner = STRUCTURAL
     model: str | None = None
     tuning: Tuning | None = None
     search_mm: float = 7.0

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from engine import bodies
@@ -118,6 +120,19 @@ def test_masks_limit_what_counts():
     registration = register(Volume(spoiled, on), moving, preset=SMALL, fixed_mask=Volume(mask, on))
 
     assert errors_mm(registration, through).mean() < 1.2
+
+
+def test_what_drives_the_field_is_chosen_by_the_kinds_of_the_images():
+    on = bodies.grid()
+    fixed = bodies.volume(on, through=bodies.breathing(9.0))
+    alike = bodies.volume(on, contrast=lambda v: 0.9 * v + 0.05 * v**2, seed=1)
+    unlike = bodies.volume(on, contrast=lambda v: np.where(v < 0.1, v, 0.9 - v), seed=1)
+    other = replace(QUICK, unlike=QUICK.manners[0])
+
+    fields = [register(fixed, moving, preset=p).displacement for moving in (alike, unlike) for p in (QUICK, other)]
+
+    assert np.array_equal(fields[0], fields[1])
+    assert not np.array_equal(fields[2], fields[3])
 
 
 def test_the_same_input_gives_the_same_bits():
