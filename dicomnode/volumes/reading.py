@@ -21,6 +21,9 @@ from dicomnode.volumes.frames import frames_of, shown_uid
 SOFTWARE_NAME = "dicomnode"
 """What our objects name as Manufacturer's Model Name in the Contributing Equipment Sequence; the loop guard."""
 
+LARGE_BYTES = 2**16
+"""A private element beyond this is bulk data."""
+
 MAX_INFLATED_BYTES = 2**30
 """Most that a deflated data set may inflate to."""
 
@@ -106,8 +109,7 @@ def _read(path: Path, *, stop_before_pixels: bool) -> Dataset:
         try:
             _check_inflated_size(path)
             dataset = dcmread(path, stop_before_pixels=stop_before_pixels, force=True)
-            for _ in dataset.iterall():  # Decodes every element here, where an undecodable one can be named.
-                pass
+            _decode(dataset)
         except UnsupportedImageError:
             raise
         except OSError as error:
@@ -119,6 +121,28 @@ def _read(path: Path, *, stop_before_pixels: bool) -> Dataset:
     if "SOPInstanceUID" not in dataset:
         raise UnsupportedImageError(f"{path.name}: has no SOP Instance UID, expected a DICOM instance")
     return dataset
+
+
+def _decode(dataset: Dataset) -> None:
+    """Decode every element here, where one that cannot be is named; a vendor's own that cannot be is left out.
+
+    So are its large ones and its sequences, which nobody here reads and of which a series may hold gigabytes.
+    """
+    for tag in list(dataset.keys()):
+        try:
+            element = dataset[tag]
+        except Exception:
+            if not tag.is_private:
+                raise
+            del dataset[tag]
+            continue
+        is_large = isinstance(element.value, bytes) and len(element.value) > LARGE_BYTES
+        if tag.is_private and (element.VR == "SQ" or is_large):
+            del dataset[tag]
+        elif element.VR == "SQ":
+            for item in element.value or []:
+                if isinstance(item, Dataset):
+                    _decode(item)
 
 
 def _unquoted(error: Exception) -> str:

@@ -297,6 +297,25 @@ def test_pixels_of_another_size_than_the_header_s_are_refused_with_both(keyword:
     assert reason in str(caught.value)
 
 
+def test_what_a_vendor_wrote_for_itself_costs_neither_the_series_nor_memory(tmp_path: Path) -> None:
+    datasets = stack()
+    for dataset in datasets:
+        dataset.add_new(0x00290010, "LO", "SIEMENS CSA HEADER")
+        dataset.add_new(0x00291010, "OB", bytes(100_000))
+        dataset.add_new(0x00291020, "SQ", [item(PatientComments="x" * 1000)])
+        dataset.add_new(0x00291030, "LO", "kept")
+        dataset.add_new(0x00291040, "LO", "12345")
+    paths = phantoms.write_series(datasets, tmp_path)
+    for path in paths:  # a number of five bytes
+        path.write_bytes(path.read_bytes().replace(b"\x29\x00\x40\x10LO", b"\x29\x00\x40\x10FD"))
+
+    read = volumes.read(paths)
+
+    assert np.array_equal(volumes.load(read).voxels, volumes.load(datasets).voxels)
+    for dataset in read:
+        assert [hex(each.tag.element) for each in dataset if each.tag.is_private] == ["0x10", "0x1030"]
+
+
 def test_the_private_scale_of_philips_changes_no_value() -> None:
     plain, scaled = stack(), stack()
     for n, dataset in enumerate(scaled):
