@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol, runtime_checkable
 
 import re2
 from pydicom.datadict import dictionary_VR, keyword_dict
 
 from dicomnode.derived import DERIVED, WORDS, Observation, Scalar, Subject
-from dicomnode.document import ProblemError, Step, nearest, shown
+from dicomnode.document import ProblemError, Step, each_of, nearest, shown
 from dicomnode.vocabulary import Vocabulary
 
 COMBINATORS = ("all", "any", "not")
@@ -229,8 +229,8 @@ def parse(raw: object, names: Names, path: tuple[Step, ...] = ()) -> Condition:
     """
     if not isinstance(raw, dict) or not raw:
         raise ProblemError(path, raw, "a mapping with at least one condition")
-    parts = tuple(_parse_one(str(name), operand, names, (*path, str(name))) for name, operand in raw.items())
-    return parts[0] if len(parts) == 1 else All(parts)
+    parts = each_of(partial(_parse_one, str(name), operand, names, (*path, str(name))) for name, operand in raw.items())
+    return parts[0] if len(parts) == 1 else All(tuple(parts))
 
 
 @lru_cache(maxsize=1024)
@@ -273,15 +273,15 @@ def _parse_one(name: str, operand: object, names: Names, path: tuple[Step, ...])
     if name in ("all", "any"):
         if not isinstance(operand, list) or not operand:
             raise ProblemError(path, operand, "a list of at least one mapping of conditions")
-        parts = tuple(parse(part, names, (*path, index)) for index, part in enumerate(operand))
+        parts = tuple(each_of(partial(parse, part, names, (*path, index)) for index, part in enumerate(operand)))
         return All(parts) if name == "all" else AnyOf(parts)
     kind = _kind(name, path)
     if not isinstance(operand, dict):
         return Comparison(name, "is", _operand(name, operand, kind, path))
     if not operand:
         raise ProblemError(path, operand, f"a value or one of {', '.join(OPERATORS)}")
-    comparisons = tuple(_compare(name, op, value, kind, names, (*path, op)) for op, value in operand.items())
-    return comparisons[0] if len(comparisons) == 1 else All(comparisons)
+    comparisons = each_of(partial(_compare, name, op, value, kind, names, (*path, op)) for op, value in operand.items())
+    return comparisons[0] if len(comparisons) == 1 else All(tuple(comparisons))
 
 
 def _compare(name: str, operator: str, operand: object, kind: str, names: Names, path: tuple[Step, ...]) -> Comparison:

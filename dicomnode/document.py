@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, get_args
 
@@ -21,6 +21,7 @@ MAX_NODES = 100_000
 
 Step = str | int
 ModelT = TypeVar("ModelT", bound="Section")
+ValueT = TypeVar("ValueT")
 
 _EXPECTED = {
     "missing": "a value; this key is required",
@@ -49,11 +50,34 @@ class ProblemError(ValueError):
     ----------
     path
         Steps from the field down to the culprit.
+    others
+        What else is wrong with the same field.
     """
 
     def __init__(self, path: Sequence[Step], got: object, expected: str) -> None:
         super().__init__(expected)
         self.path, self.got, self.expected = tuple(path), got, expected
+        self.others: tuple[ProblemError, ...] = ()
+
+
+def each_of(attempts: Iterable[Callable[[], ValueT]]) -> list[ValueT]:
+    """The results of every attempt.
+
+    Raises
+    ------
+    ProblemError
+        The first that an attempt found, with all the others.
+    """
+    done, found = [], list[ProblemError]()
+    for attempt in attempts:
+        try:
+            done.append(attempt())
+        except ProblemError as problem:
+            found += [problem, *problem.others]
+    if found:
+        found[0].others = tuple(found[1:])
+        raise found[0]
+    return done
 
 
 class ConfigProblemsError(ConfigError):
@@ -170,7 +194,8 @@ def check(document: Document, model: type[ModelT], *, context: Any = None) -> Mo
     try:
         return model.model_validate(document.values, context=context)
     except ValidationError as error:
-        raise ConfigProblemsError([_problem(document, model, found) for found in error.errors()]) from None
+        problems = [problem for found in error.errors() for problem in _problems(document, model, found)]
+        raise ConfigProblemsError(problems) from None
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -238,11 +263,17 @@ def _children(node: yaml.Node, file: str) -> list[yaml.Node]:
     return [value for _, value in node.value]
 
 
-def _problem(document: Document, model: type[Section], found: Any) -> ConfigError:
-    """One pydantic error in our words."""
+def _problems(document: Document, model: type[Section], found: Any) -> list[ConfigError]:
+    """One pydantic error in our words; several where one field's parser found several."""
     path, cause = tuple(found["loc"]), found.get("ctx", {}).get("error")
     if isinstance(cause, ProblemError):
-        return document.problem((*path, *cause.path), cause.got, cause.expected)
+        return [document.problem((*path, *each.path), each.got, each.expected) for each in (cause, *cause.others)]
+    return [_problem(document, model, found, path, cause)]
+
+
+def _problem(
+    document: Document, model: type[Section], found: Any, path: tuple[Step, ...], cause: Exception | None
+) -> ConfigError:
     if found["type"] == "extra_forbidden":
         section, word = _section_at(model, path[:-1]), str(path[-1])
         if word in section.later:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from pydantic import Field, field_validator
 
 from dicomnode import conditions, document
 from dicomnode.conditions import ALWAYS, Condition, Names
-from dicomnode.document import ProblemError, Section
+from dicomnode.document import ProblemError, Section, each_of
 from dicomnode.errors import ConfigError
 from dicomnode.rule import ConditionField, Rule
 from dicomnode.vocabulary import BUILT_IN, Vocabulary, tokens
@@ -99,13 +100,7 @@ class RulesFile(Section):
     @field_validator("vocab")
     @classmethod
     def _usable(cls, vocab: dict[str, str | tuple[str, ...]]) -> dict[str, str | tuple[str, ...]]:
-        for name, entry in vocab.items():
-            if isinstance(entry, str):
-                conditions.expression(entry, (name,))
-                continue
-            for index, phrase in enumerate(entry):
-                if not tokens(phrase):
-                    raise ProblemError((name, index), phrase, "a phrase with a letter or digit")
+        each_of(partial(_check_entry, name, entry) for name, entry in vocab.items())
         return vocab
 
     @field_validator("rules")
@@ -116,6 +111,15 @@ class RulesFile(Section):
             if each in ids[:index]:
                 raise ProblemError((index, "id"), each, "an id that no other rule has")
         return rules
+
+
+def _check_entry(name: str, entry: str | tuple[str, ...]) -> None:
+    if isinstance(entry, str):
+        conditions.expression(entry, (name,))
+        return
+    for index, phrase in enumerate(entry):
+        if not tokens(phrase):
+            raise ProblemError((name, index), phrase, "a phrase with a letter or digit")
 
 
 @dataclass(frozen=True)

@@ -288,11 +288,22 @@ def test_a_mistake_is_told_with_its_line() -> None:
 
 def test_every_mistake_is_told_and_no_rule_of_the_file_is_used() -> None:
     text = POSITIONS.replace("balanced", "best").replace("HFDL", "1").replace("dsr", "rsd")
+    text = text.replace(
+        "when: {Modality: MR}", "when: {Modalty: MR, Rows: {mni: 1, maks: 2}, any: [{Rowz: 1}, {Colums: 2}]}"
+    )
+    text += "vocab: {one: '(', two: ['-']}\n"
 
     with pytest.raises(ConfigProblemsError) as caught:
         rules.parse(text, "rules.yaml")
 
     assert {each.key.split(".", 1)[1] for each in caught.value.problems} == {
+        "when.Modalty",
+        "when.Rows.mni",
+        "when.Rows.maks",
+        "when.any[0].Rowz",
+        "when.any[1].Colums",
+        "one",
+        "two[0]",
         "roles.moving.match.PatientPosition",
         "register.preset",
         "outputs[2]",
