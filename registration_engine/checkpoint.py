@@ -30,10 +30,17 @@ _MODEL, _FIRST, _SECOND = "model.", "adam.first.", "adam.second."
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a run stood when it was last saved."""
+    """Where a run stood when it was last saved.
+
+    Attributes
+    ----------
+    seconds, steps_before
+        Time spent, that of the weights it began at included; steps these had had.
+    """
 
     step: int
     seconds: float
+    steps_before: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,7 @@ def publish(state: Path) -> ShippedModel:
         file=f"{name}-{digest[:12]}.safetensors",
         sha256=digest,
         parameters=parameters_of(network),
-        steps=int(metadata["step"]),
+        steps=int(metadata["step"]) + int(metadata.get("steps_before", 0)),
         shape=tuple(config["shape"]),
         seconds=round(float(metadata["seconds"])),
         device=metadata["device"],
@@ -160,6 +167,7 @@ def save_state(
     metadata = {
         "config": json.dumps(config.as_dict()),
         "step": str(state.step),
+        "steps_before": str(state.steps_before),
         "seconds": f"{state.seconds:.1f}",
         "device": _device_name(next(model.parameters()).device),
     }
@@ -191,7 +199,7 @@ def restore_state(path: Path, config: TrainingConfig, model: UNet, optimizer: to
                 "exp_avg": torch.empty_like(parameter).copy_(tensors[_FIRST + name]),
                 "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[_SECOND + name]),
             }
-    return TrainingState(step, float(metadata["seconds"]))
+    return TrainingState(step, float(metadata["seconds"]), int(metadata.get("steps_before", 0)))
 
 
 def network_of(source: str, *, device: torch.device) -> UNet:
@@ -211,8 +219,8 @@ def network_of(source: str, *, device: torch.device) -> UNet:
     return network.requires_grad_(False).eval().to(device)
 
 
-def start_from(model: UNet, source: str) -> None:
-    """Give a network the weights of a shipped model, or of a training state.
+def start_from(model: UNet, source: str) -> TrainingState:
+    """Give a network the weights of a shipped model, or of a training state, and tell what they have cost.
 
     Raises
     ------
@@ -223,6 +231,12 @@ def start_from(model: UNet, source: str) -> None:
     if found.architecture != model.architecture:
         raise InvalidRequestError(f"Start: {source} is of another architecture, expected {model.architecture}")
     model.load_state_dict(found.state_dict())
+    if not Path(source).suffix:
+        (row,) = (row for row in models() if row.name == source)
+        return TrainingState(0, row.seconds, row.steps)
+    metadata, _ = _read(Path(source))
+    steps = int(metadata["step"]) + int(metadata.get("steps_before", 0))
+    return TrainingState(0, float(metadata["seconds"]), steps)
 
 
 def sha256_of(path: Path) -> str:

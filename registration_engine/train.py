@@ -119,7 +119,8 @@ def run(
                     log.write("validation-real", step, on_real_pairs(model, real))
             if step % config.checkpoint_every == 0 or is_last:
                 log.flush()
-                save_state(config.out / STATE, config, model, optimizer, TrainingState(step, state.seconds + elapsed))
+                reached = TrainingState(step, state.seconds + elapsed, state.steps_before)
+                save_state(config.out / STATE, config, model, optimizer, reached)
             if step % config.report_every == 0 or is_last:
                 left = (config.steps - step) * elapsed / (step - state.step)
                 report(f"step {step} of {config.steps}, loss {sum(terms.values()):.4f}, {_clock(left)} left")
@@ -133,9 +134,8 @@ def _restored(config: TrainingConfig, device: torch.device) -> tuple[UNet, torch
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     path = config.out / STATE
     if not path.exists():
-        if config.start:
-            start_from(model, config.start)
-        return model, optimizer, TrainingState(step=0, seconds=0.0)
+        begun = start_from(model, config.start) if config.start else TrainingState(step=0, seconds=0.0)
+        return model, optimizer, begun
     return model, optimizer, restore_state(path, config, model, optimizer)
 
 

@@ -112,7 +112,9 @@ def test_a_process_killed_again_and_again_ends_with_the_weights_of_one_left_alon
     assert len(list((tmp_path / "pieces" / "tensorboard").iterdir())) == 3
 
 
-def test_a_run_begins_at_the_weights_it_is_given_and_refuses_those_of_another_network(tmp_path: Path) -> None:
+def test_a_run_begins_at_the_weights_it_is_given_and_refuses_those_of_another_network(
+    tmp_path: Path, monkeypatch
+) -> None:
     first = tmp_path / "first" / "state.safetensors"
     run(train, config(tmp_path / "first", pairs_per_epoch=2))
     still = {"pairs_per_epoch": 1, "learning_rate": 0.0, "start": str(first), "seed": 9}
@@ -121,6 +123,10 @@ def test_a_run_begins_at_the_weights_it_is_given_and_refuses_those_of_another_ne
 
     before, after = (network_of(str(tmp_path / n / "state.safetensors"), device=CPU) for n in ("first", "second"))
     assert all(torch.equal(weight, after.state_dict()[name]) for name, weight in before.state_dict().items())
+    monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path / "weights")
+    assert checkpoint.publish(tmp_path / "second" / "state.safetensors").steps == 3
+    run(train, config(tmp_path / "fourth", **{**still, "start": "student"}))
+    assert checkpoint.publish(tmp_path / "fourth" / "state.safetensors").steps == 4
     with pytest.raises(InvalidRequestError, match="is of another architecture"):
         run(train, config(tmp_path / "third", model="teacher", **still))
 
