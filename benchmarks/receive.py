@@ -153,7 +153,7 @@ class Orthanc(Receiver):
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--instances", type=int, default=100)
+    parser.add_argument("--instances", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--large-mb", type=int, default=2000, help="size of the large object, 0 for none")
     parser.add_argument("--folder", type=Path, help="where files are written; the receivers' disk is this one's")

@@ -28,7 +28,8 @@ IMPLEMENTATION_CLASS_UID = "2.25.230217732564501373792718796497012300702"
 IMPLEMENTATION_VERSION_NAME = "DICOMNODE_0.1"
 """Who wrote a file and who speaks in an association (PS3.7 D.3.3.2); at most 16 characters."""
 
-_PIECE_BYTES = 131072  # larger writes take several times as long: the page cache looks for memory in one piece
+_PIECE_BYTES = 65536
+_LARGEST_WRITE = 262144  # larger ones take several times as long: the page cache looks for memory in one piece
 
 
 class Archive:
@@ -284,20 +285,27 @@ class Incoming:
     def write(self, data: bytes | memoryview) -> None:
         """Append data set bytes; LocalError if the disk does not take them."""
         self.data_set_bytes += len(data)
+        if not self._pending and len(data) >= _PIECE_BYTES:
+            self._put(data)
+            return
         self._pending += data
         if len(self._pending) >= _PIECE_BYTES:
             self.flush()
 
     def flush(self) -> None:
         """Let others read, at `path`, what was written; LocalError if the disk does not take it."""
-        self._is_begun = True
-        with local_errors, memoryview(self._pending) as pending:
-            self._digest.update(pending[self._hashed :])
-            at = 0
-            while at < len(pending):
-                at += os.write(self._descriptor, pending[at : at + _PIECE_BYTES])
+        with memoryview(self._pending) as pending:
+            self._put(pending, hashed=self._hashed)
         self._pending.clear()
         self._hashed = 0
+
+    def _put(self, data: bytes | memoryview, *, hashed: int = 0) -> None:
+        self._is_begun = True
+        self._digest.update(data[hashed:])
+        at = 0
+        with local_errors:
+            while at < len(data):
+                at += os.write(self._descriptor, data[at : at + _LARGEST_WRITE])
 
     def seal(self, record: bytes) -> int:
         """Put the journal record into the preamble, make all of it durable, close; the file's size in bytes."""

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 _BACKLOG = 128
 _BUFFER_BYTES = 262144
+_WORTH_WAITING_BYTES = 65536
 _LINGER_S = 5.0
 _UNASKED_CONNECTIONS = 64  # beyond the associations: connections that have not asked for one yet
 
@@ -52,7 +53,8 @@ class Listener:
     max_pdu
         Largest PDU that peers may send, bytes (PS3.8 D.1).
     network_timeout_s
-        An association silent for so long is aborted, and one whose message has not come much further in so long.
+        An association silent for so long is aborted (in the middle of a PDU after twice as long at most), and one whose
+        message has not come much further in so long.
     artim_timeout_s
         From the connection to a whole A-ASSOCIATE-RQ, TLS handshake included (PS3.8 9.1.5).
     """
@@ -248,7 +250,11 @@ class _Connection:
         while True:
             if self._messages is None:
                 self._socket.settimeout(max(0.001, deadline - time.monotonic()))
-            length = receive(view)
+            must_come = 0 if listener.tls else self._layer.must_come
+            if must_come < _WORTH_WAITING_BYTES:
+                length = receive(view)
+            else:  # senders write a large PDU in several pieces: be woken once
+                length = receive(view, min(must_come, _BUFFER_BYTES), socket.MSG_WAITALL)
             if not length:
                 if listener.stopping.is_set():
                     raise _End("aborted at stop", self._layer.abort())

@@ -34,7 +34,7 @@ from dicomnode.pdu import (
 
 MAX_CONTROL_PDU = 524288  # 128 presentation contexts with 30 transfer syntaxes each are less
 PDU_SLACK = 1024  # senders that count the PDU's own header are wrong and harmless
-_PDV_HEADER = 6
+_PDU_HEADER = _PDV_HEADER = 6
 _LARGEST_SENT = 131072  # also where the peer takes any
 
 
@@ -95,13 +95,19 @@ class UpperLayer:
         self._pdu_left = 0  # of the P-DATA-TF in hand
         self._pdv_left = 0
         self._context_id = 0
-        self._is_command = self._is_last = False
+        self._is_command, self._is_last = False, True
         self._peer_max_pdu = 0
 
     @property
     def in_pdu(self) -> bool:
         """Whether the peer has begun a PDU and not finished it."""
         return bool(self._held or self._pdu_left)
+
+    @property
+    def must_come(self) -> int:
+        """How many bytes the peer must still send, whatever it means to do, before it may wait for us."""
+        is_last = self._is_last or self._pdv_left < self._pdu_left  # of what is known; an A-ABORT begins like any PDU
+        return max(0, self._pdu_left + (0 if is_last else _PDU_HEADER) - len(self._held))
 
     @property
     def is_closed(self) -> bool:

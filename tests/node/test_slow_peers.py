@@ -61,6 +61,10 @@ def in_a_pdu() -> Iterator[bytes]:
     return bytes_of(p_data(1, AN_HOUR, is_command=False, piece=30_000))
 
 
+def in_a_large_pdu() -> Iterator[bytes]:
+    return bytes_of(p_data(1, bytes(120_000), is_command=False, piece=120_000))
+
+
 def in_a_header() -> Iterator[bytes]:
     return bytes_of(pdu(5, AN_HOUR))
 
@@ -73,11 +77,11 @@ def in_a_command() -> Iterator[bytes]:
     return bytes_of(p_data(1, c_store_rq(CT.encode(), b"1.2.3") + AN_HOUR, is_command=True, piece=30_000))
 
 
-@pytest.mark.parametrize("pieces", [in_a_pdu, in_a_header, in_small_pdus, in_a_command])
+@pytest.mark.parametrize("pieces", [in_a_pdu, in_a_large_pdu, in_a_header, in_small_pdus, in_a_command])
 def test_a_byte_now_and_then_is_no_progress(listener: Listener, pieces: object) -> None:
     assert callable(pieces)
     with RawSCU(listener.port, [(CT, EXPLICIT)]) as scu:
-        if pieces in (in_a_pdu, in_small_pdus):
+        if pieces in (in_a_pdu, in_a_large_pdu, in_small_pdus):
             scu.send(p_data(1, c_store_rq(CT.encode(), b"1.2.3"), is_command=True))
 
         taken = drip(scu.socket, pieces())

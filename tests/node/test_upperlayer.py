@@ -64,6 +64,22 @@ def test_every_split_into_pdvs_pdus_and_reads_gives_the_same_data_set(piece: int
         assert [type(event) for event in others] == [ReleaseRequest]
 
 
+@pytest.mark.parametrize("per_pdu", [1, 3])
+@pytest.mark.parametrize("piece", [7, 1000])
+def test_what_must_come_is_never_more_than_the_message_still_has(piece: int, per_pdu: int) -> None:
+    stream = p_data(1, c_store_rq(CT.encode(), b"1.2.3.4"), is_command=True, piece=piece, per_pdu=per_pdu)
+    stream += p_data(1, bytes(3000), is_command=False, piece=piece, per_pdu=per_pdu)
+    layer, _ = opened()
+    foreseen = []
+    for at in range(len(stream)):
+        list(layer.receive(memoryview(stream[at : at + 1])))
+        foreseen.append(layer.must_come)
+        assert layer.must_come < len(stream) - at
+
+    assert max(foreseen) == per_pdu * (piece + 6)
+    assert foreseen[-1] == 0
+
+
 def test_the_asynchronous_window_is_answered_with_one_each_and_unknown_user_items_are_skipped() -> None:
     more = item(0x53, struct.pack(">HH", 0, 0)) + item(0xEE, b"whatever") + item(0x58, b"\x01\x00\x00\x01u\x00\x00")
 
