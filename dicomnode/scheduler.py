@@ -126,6 +126,20 @@ class Scheduler:
         except (StudyError, LocalError) as error:
             log.warning("series %s: no priors are asked for yet: %s", activity.series_instance_uid, error)
             return
+        try:
+            self._ask_for_priors_of(volume, activity, now)
+        except LocalError:
+            raise
+        except Exception as error:  # one hostile header must not stop the others
+            log.error(
+                "series %s: no priors are asked for: %s\n%s",
+                activity.series_instance_uid,
+                type(error).__name__,
+                stack(error),
+            )
+
+    def _ask_for_priors_of(self, volume: VolumeRef, activity: SeriesActivity, now: datetime) -> None:
+        """One request for each rule that the examination starts."""
         subject = Subject(volume, self._rules.vocabulary)
         for rule in self._rules.enabled:
             if rule.roles.prior is not None and rule.when.check(subject).passed:
@@ -176,7 +190,15 @@ class Scheduler:
             return
         room = SHORT_QUEUE - self._index.waiting_jobs()
         for job_id, version, rule_id, created_at in held:
-            rule = self._rule(version, rule_id)
+            try:
+                rule = self._rule(version, rule_id)
+            except (
+                ConfigError,
+                KeyError,
+            ) as error:  # of another version of this program: the worker says so of the job
+                log.error("job %s is let on, rule set %d cannot be used: %s", job_id, version, error)
+                self._index.release_job(job_id, due=now, enqueue=self._enqueue)
+                continue
             if (room > 0 or now - created_at > LONGEST_HELD) and not rule.plan(now).held:
                 due = created_at + timedelta(seconds=rule.plan(created_at).patience_s)
                 self._index.release_job(job_id, due=due, enqueue=self._enqueue)

@@ -22,7 +22,7 @@ from dicomnode.commitment import CommitmentSCP
 from dicomnode.config import Config, TlsSection
 from dicomnode.counts import SeriesCounts
 from dicomnode.delivery import DeliveryService
-from dicomnode.errors import LocalError
+from dicomnode.errors import LocalError, stack
 from dicomnode.index import Index
 from dicomnode.intake import Intake, IntakeLimits
 from dicomnode.listener import Listener, addresses_of
@@ -36,6 +36,7 @@ from dicomnode.web import WebServer, application
 log = logging.getLogger(__name__)
 
 TICK_S = 0.5
+FAULT_PAUSE_S = 30.0
 STABLE_AFTER_S = 60.0
 LONGEST_PAUSE_S = 30.0
 
@@ -106,6 +107,9 @@ def serve(config: Config, config_path: Path | None, stop: threading.Event) -> No
                 scheduler.tick(datetime.now(UTC))
             except LocalError as error:
                 log.error("scheduler: trying again after: %s", error)
+            except Exception as error:  # a fault of ours must not end what receives and delivers
+                log.error("scheduler: trying again after %s\n%s", type(error).__name__, stack(error))
+                stop.wait(FAULT_PAUSE_S)
     finally:
         log.info("stopping")
         for child in children:

@@ -293,7 +293,7 @@ def _plain(value: Any) -> HeaderValue:
         return [_plain(one) for one in value[:_MAX_VALUES]]  # type: ignore[return-value]  # one VR, so one kind
     if value is None:
         return ""
-    if isinstance(value, int):
+    if isinstance(value, int) and abs(value) < 2**63:  # beyond it no number of DICOM, nor one that a float can hold
         return int(value)
     if isinstance(value, float) and np.isfinite(value):
         return float(value)

@@ -12,6 +12,7 @@ import phantoms
 import pytest
 import yaml
 from held import Held
+from pydicom.config import disable_value_validation
 from sources import answering, ask, new_mr
 from volume_refs import NOW, volume
 
@@ -89,6 +90,22 @@ def test_priors_are_asked_for_with_the_first_instance_of_an_examination_that_som
     (row,) = held.index.status()["priors"]
     assert (row["rule_id"], row["source"], row["state"]) == ("to-prior", "pacs", "waiting")
     assert {each["state"] for each in held.index.status()["series"]} == {"receiving"}
+
+
+def test_a_number_that_no_computer_holds_stops_nobody(tmp_path: Path) -> None:
+    held, source, (first, *_) = Held(tmp_path), Source("pacs", "ORTHANC", "127.0.0.1", 104), new_mr()
+    with disable_value_validation():
+        first.add_new(0x00200011, "IS", "9" * 400)
+    rule = yaml.safe_load(rule_set().text)["rules"][0]
+    gated = rule | {"id": "gated", "when": {"SeriesNumber": {"min": 3}, "Modality": "MR"}}
+    held.put_rules(yaml.safe_dump({"version": 1, "rules": [gated, rule]}))
+    scheduler = Scheduler(held.index, held.archive, quiet_period_s=60, sources=[source], enqueue=held.enqueue)
+
+    with disable_value_validation():
+        held.receive([first])
+    scheduler.tick(datetime.now(UTC))
+
+    assert {row["rule_id"] for row in held.index.status()["priors"]} == {"gated", "to-prior"}
 
 
 def test_a_source_is_asked_for_the_days_and_modalities_of_the_rule(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from held import Held
 from dicomnode import cli, rules, workflow
 from dicomnode import config as configuration
 from dicomnode.config import PRESET_PARAMETERS
-from dicomnode.model import JobState
+from dicomnode.model import JobPlan, JobState, Pair
 from dicomnode.steps import Steps
 from registration_engine import PRESETS
 
@@ -343,6 +343,24 @@ def test_a_job_outside_its_hours_is_held_and_let_on_when_they_come(held: Held) -
     scheduler.tick(datetime.now(UTC) + timedelta(hours=22, minutes=30))
     assert [job_id for job_id, _ in held.queued] == [job["id"]]
     assert held.index.status()["jobs"][0]["state"] == JobState.WAITING
+
+
+def test_a_held_job_whose_rules_this_version_cannot_read_fails_with_the_reason(held: Held) -> None:
+    native, portal = study("A")
+    held.receive([*native, *portal])
+    held.put_rules("version: 1\nrules: []")
+    held.tick()
+    now = datetime.now(UTC)
+    version = held.index.import_rule_set("version: 9", "sha", written="version: 9", source="import", now=now)
+    pair = Pair("pre-post", str(native[0].SeriesInstanceUID), str(portal[0].SeriesInstanceUID))
+    plans = {"pre-post": JobPlan(held="waits for the hours of its rule")}
+    (job_id,) = held.index.add_pairs([pair], {}, rule_version=version, enqueue=held.enqueue, now=now, plans=plans)
+
+    held.tick()
+
+    assert [each for each, _ in held.queued] == [job_id]
+    assert held.run(job_id) == JobState.FAILED
+    assert f"rule set {version}:1: version: got 9, expected 1" in held.index.status()["jobs"][0]["reason"]
 
 
 # ── a rule's own ──
