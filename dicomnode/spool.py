@@ -105,7 +105,7 @@ class JournalRecord:
 
 
 class Spool:
-    """This process's folder of files being received.
+    """This process's folder of files being received; new names are made by a thread before they run out.
 
     Parameters
     ----------
@@ -119,23 +119,24 @@ class Spool:
         self._lock_file = -1
         self._names: list[str] = []
         self._number = 0
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the names
+        self._making = threading.Lock()  # taken before the other
 
     def take(self) -> tuple[str, int]:
         """An empty file whose name is durable: path and descriptor; LocalError if the disk has no room for it."""
-        with self._lock, local_errors:
-            if not self._names:
-                self._make_names()
+        with local_errors:
+            path = self._next()
             try:
-                descriptor = os.open(self._names[-1], os.O_RDWR)
+                return path, os.open(path, os.O_RDWR)
             except FileNotFoundError:  # somebody has taken the folder away
-                self._make_names()
-                descriptor = os.open(self._names[-1], os.O_RDWR)
-            return self._names.pop(), descriptor
+                with self._lock:
+                    self._names.clear()
+                path = self._next()
+                return path, os.open(path, os.O_RDWR)
 
     def close(self) -> None:
         """Take away the names that were not needed."""
-        with self._lock, suppress(OSError):
+        with self._making, self._lock, suppress(OSError):
             for path in self._names:
                 Path(path).unlink(missing_ok=True)
             self._names.clear()
@@ -144,6 +145,22 @@ class Spool:
                 (self._own / "lock").unlink()
                 self._own.rmdir()  # fails, and is left for the next start, while something waits to be indexed
             self._own = None
+
+    def _next(self) -> str:
+        while True:
+            with self._lock:
+                if len(self._names) == NAMES_AT_ONCE // 2:
+                    threading.Thread(target=self._make_ahead, name="spool", daemon=True).start()
+                if self._names:
+                    return self._names.pop()
+            with self._making:
+                if not self._names:  # nobody has made any meanwhile
+                    self._make_names()
+
+    def _make_ahead(self) -> None:
+        with self._making, suppress(OSError):  # who needs a name and gets none is told
+            if self._own is not None and len(self._names) < NAMES_AT_ONCE:
+                self._make_names()
 
     def _make_names(self) -> None:
         if self._own is None or not self._own.exists():
@@ -157,15 +174,16 @@ class Spool:
         try:
             for _ in range(NAMES_AT_ONCE):
                 self._number += 1
-                path = self._own / f"{self._number}.part"
-                path.open("xb").close()
-                made.append(str(path))
+                path = f"{self._own}/{self._number}.part"
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o666))
+                made.append(path)
             fsync_folder(self._own)
         except OSError:
             for name in made:
                 Path(name).unlink(missing_ok=True)
             raise
-        self._names = made
+        with self._lock:
+            self._names = made + self._names
 
 
 def left_behind(folder: Path) -> Iterator[Path]:
