@@ -192,10 +192,8 @@ class Scheduler:
         for job_id, version, rule_id, created_at in held:
             try:
                 rule = self._rule(version, rule_id)
-            except (
-                ConfigError,
-                KeyError,
-            ) as error:  # of another version of this program: the worker says so of the job
+            except (ConfigError, KeyError) as error:
+                # of another version of this program: the worker says so of the job
                 log.error("job %s is let on, rule set %d cannot be used: %s", job_id, version, error)
                 self._index.release_job(job_id, due=now, enqueue=self._enqueue)
                 continue
