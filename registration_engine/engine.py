@@ -151,6 +151,8 @@ def _register(
         judge = _Judge(fixed, moving)
         before = judge.similarity(np.eye(4) if start.world_overlaps else start.centered)
         rigid, linear, after = start.rigid, start.affine, judge.similarity(start.affine)
+        if start.world_overlaps and after < before:  # never worse than no registration, nor the field's start
+            rigid, linear, after = np.eye(4), np.eye(4), before
 
     field: Tensor | None = None
     lattice = Lattice.of(fixed.grid, device)
@@ -185,10 +187,6 @@ def _register(
                 after = refined
             else:
                 field.zero_()
-    if start.world_overlaps and after < before:  # never worse than no registration
-        rigid, linear, after = np.eye(4), np.eye(4), before
-        if field is not None:
-            field.zero_()
 
     with _timed("judge", seconds, progress):
         found = Regularity(0.0, 0.0, 0.0)
