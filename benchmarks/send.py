@@ -27,7 +27,8 @@ from benchmarks.receive import Orthanc, Receiver, Storescp, make_instances, wait
 from dicomnode.archive import Archive
 from dicomnode.delivery import DeliveryService
 from dicomnode.index import Index
-from dicomnode.model import Destination, Product
+from dicomnode.model import Product
+from dicomnode.remotes import Destination
 
 NODELAY = {**os.environ, "TCP_NODELAY": "1"}
 STOCK = {name: value for name, value in os.environ.items() if name != "TCP_NODELAY"}

@@ -22,6 +22,7 @@
     delivered           delivery      sent until it has arrived or is named; scu: the associations that we open
 
     config, document, rules, outputs, conditions, vocabulary, derived   what an administrator writes, and what it means
+    model, remotes                                             the values that travel; whom the node speaks to
     scopes, partners → findings → reasons, trace               what a rule looks among, what it saw, and in words
     priors fetched      retrieve      C-FIND, C-MOVE or C-GET, QIDO and WADO, for rules that need an earlier examination
 

@@ -18,7 +18,7 @@ from dicomnode.destinations import SENDER, DestinationSection
 from dicomnode.document import ProblemError, Section
 from dicomnode.errors import ConfigError, StudyError
 from dicomnode.fields import AETitle, Host, HostOrNetwork, Name, Port, matching
-from dicomnode.model import Destination, Source
+from dicomnode.remotes import Destination, Source
 from dicomnode.schedule import Schedule
 
 PRESETS = ("fast", "balanced", "accurate", "rigid", "paper-teacher", "paper-student")

@@ -11,8 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timedelta
 
 from dicomnode.errors import stack
-from dicomnode.model import Promise, SeriesActivity, Source
+from dicomnode.model import Promise, SeriesActivity
 from dicomnode.pacs_sources import client_of
+from dicomnode.remotes import Source
 
 log = logging.getLogger(__name__)
 

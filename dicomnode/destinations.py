@@ -10,8 +10,8 @@ from pydantic import AfterValidator, Field, model_validator
 
 from dicomnode.document import ProblemError, Section
 from dicomnode.fields import AETitle, Host, Name, Port, matching
-from dicomnode.model import Availability, Destination, TlsFiles
 from dicomnode.outputs import each_an_output
+from dicomnode.remotes import Availability, Destination, TlsFiles
 from dicomnode.schedule import Schedule
 
 SENDER = "sender"

@@ -43,8 +43,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from dicomnode.errors import LocalError, RefusedError, RemoteError
 from dicomnode.index import PriorFetch
-from dicomnode.model import Source
 from dicomnode.part10 import NotDicomError, read_head
+from dicomnode.remotes import Source
 
 Store = Callable[[str, str, str, bytes], None]
 """Keeps one instance: SOP class, SOP instance, transfer syntax, data set bytes. LocalError where it cannot."""

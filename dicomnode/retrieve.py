@@ -18,8 +18,9 @@ from dicomnode import spool
 from dicomnode.errors import NodeError, RefusedError, RemoteError, stack
 from dicomnode.index import Index, PriorFetch
 from dicomnode.intake import DuplicateError, Intake
-from dicomnode.model import RetrievedBy, Source
+from dicomnode.model import RetrievedBy
 from dicomnode.pacs_sources import Client, RemoteSeries, Store, client_of
+from dicomnode.remotes import Source
 
 log = logging.getLogger(__name__)
 

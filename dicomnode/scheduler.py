@@ -15,7 +15,8 @@ from dicomnode.archive import Archive
 from dicomnode.derived import Subject, study_date
 from dicomnode.errors import ConfigError, IncompleteSeriesError, LocalError, StudyError, stack
 from dicomnode.index import NOT_LOOKED_AT, Enqueue, Index
-from dicomnode.model import Promise, SeriesActivity, SeriesState, Source, VolumeRef
+from dicomnode.model import Promise, SeriesActivity, SeriesState, VolumeRef
+from dicomnode.remotes import Source
 from dicomnode.rule import Rule
 from dicomnode.rules import RuleSet
 

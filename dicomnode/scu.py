@@ -20,7 +20,7 @@ from dicomnode import dimse, tls
 from dicomnode.archive import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicomnode.dimse import Assembler, Command, OnReport
 from dicomnode.errors import LocalError, NodeError, RefusedError, RemoteError
-from dicomnode.model import Destination, Instance
+from dicomnode.model import Instance
 from dicomnode.pdu import (
     APPLICATION_CONTEXT_NAME,
     AssociateAccept,
@@ -30,6 +30,7 @@ from dicomnode.pdu import (
     ProposedContext,
     ProtocolError,
 )
+from dicomnode.remotes import Destination
 from dicomnode.upperlayer import Abort, Event, Fragment, ReleaseRequest, ReleaseResponse, UpperLayer
 
 CONTEXTS_AT_MOST = 128  # PS3.8 9.3.2.2: odd context IDs up to 255

@@ -6,7 +6,7 @@ import ssl
 from pathlib import Path
 
 from dicomnode.errors import LocalError
-from dicomnode.model import TlsFiles
+from dicomnode.remotes import TlsFiles
 
 
 def server_context(certificate: Path, key: Path, client_ca: Path) -> ssl.SSLContext:

@@ -19,17 +19,8 @@ from receiving_scp import ReceivingSCP
 from dicomnode.archive import Archive
 from dicomnode.delivery import DeliveryService
 from dicomnode.index import Index
-from dicomnode.model import (
-    DeliveryPriority,
-    Destination,
-    Instance,
-    InstanceHeader,
-    Member,
-    Pair,
-    Product,
-    SeriesState,
-    VolumeRef,
-)
+from dicomnode.model import DeliveryPriority, Instance, InstanceHeader, Member, Pair, Product, SeriesState, VolumeRef
+from dicomnode.remotes import Destination
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 

@@ -13,7 +13,7 @@ import phantoms
 from held import Held
 
 from dicomnode.intake import Intake
-from dicomnode.model import Source
+from dicomnode.remotes import Source
 from dicomnode.retrieve import PriorService
 
 SMALL: dict[str, Any] = {"shape": (8, 8, 8), "spacing_mm": (5.0, 4.0, 4.0)}

@@ -20,7 +20,7 @@ from dicomnode.delivery import encoding, policy
 from dicomnode.dimse import Command
 from dicomnode.errors import LocalError, RefusedError, RemoteError, stack
 from dicomnode.index import Index
-from dicomnode.model import Destination
+from dicomnode.remotes import Destination
 from dicomnode.scu import Association
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from datetime import datetime, timedelta
 
 from dicomnode.errors import NodeError
 from dicomnode.index import Attempt, Denial, Reference
-from dicomnode.model import Delivery, DeliveryState, Destination
+from dicomnode.model import Delivery, DeliveryState
+from dicomnode.remotes import Destination
 
 
 @dataclass(frozen=True)

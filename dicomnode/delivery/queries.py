@@ -14,7 +14,8 @@ from dicomnode import dimse
 from dicomnode.archive import Archive
 from dicomnode.delivery import encoding
 from dicomnode.errors import LocalError, RefusedError, RemoteError
-from dicomnode.model import Destination, Instance
+from dicomnode.model import Instance
+from dicomnode.remotes import Destination
 from dicomnode.scu import Association
 
 _STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"

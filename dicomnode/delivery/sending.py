@@ -19,7 +19,8 @@ from dicomnode.delivery import encoding, policy
 from dicomnode.delivery.policy import Outcome
 from dicomnode.errors import LocalError, NodeError, RemoteError, stack
 from dicomnode.index import Attempt, Index
-from dicomnode.model import Delivery, DeliveryPriority, DeliveryState, Destination
+from dicomnode.model import Delivery, DeliveryPriority, DeliveryState
+from dicomnode.remotes import Destination
 from dicomnode.scu import Association
 
 log = logging.getLogger(__name__)

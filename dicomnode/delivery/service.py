@@ -19,7 +19,8 @@ from dicomnode.delivery.sending import CStore, Sending, Transport
 from dicomnode.delivery.stow import StowRs
 from dicomnode.errors import LocalError, NodeError, stack
 from dicomnode.index import Index
-from dicomnode.model import Delivery, DeliveryPriority, DeliveryState, Destination
+from dicomnode.model import Delivery, DeliveryPriority, DeliveryState
+from dicomnode.remotes import Destination
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from dicomnode.archive import Archive
 from dicomnode.delivery import encoding, policy
 from dicomnode.delivery.policy import Outcome
 from dicomnode.errors import LocalError, RefusedError, RemoteError
-from dicomnode.model import Delivery, DeliveryState, Destination
+from dicomnode.model import Delivery, DeliveryState
+from dicomnode.remotes import Destination
 from dicomnode.tls import client_context
 
 _MAX_ANSWER_BYTES = 4 << 20

@@ -14,7 +14,7 @@ from dicomnode import config
 from dicomnode.config import PRESETS, RESERVED, Config
 from dicomnode.document import MAX_NODES, ConfigProblemsError, parse
 from dicomnode.errors import ConfigError, StudyError
-from dicomnode.model import Availability, Destination, TlsFiles
+from dicomnode.remotes import Availability, Destination, TlsFiles
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -27,11 +27,9 @@ from receiving_scp import DIE, HANG, ReceivingSCP
 from dicomnode.delivery import DeliveryService
 from dicomnode.delivery.policy import next_attempt, outcome
 from dicomnode.errors import LocalError, RefusedError
-from dicomnode.model import (
-    DeliveryState,
-    Destination,
-)
+from dicomnode.model import DeliveryState
 from dicomnode.pdu import AssociateReject
+from dicomnode.remotes import Destination
 from dicomnode.scu import rejection
 
 DELIVERED, WAITING, FAILED = DeliveryState.DELIVERED, DeliveryState.WAITING, DeliveryState.FAILED
@@ -375,7 +373,7 @@ from pathlib import Path
 from dicomnode.archive import Archive
 from dicomnode.delivery import DeliveryService
 from dicomnode.index import Index
-from dicomnode.model import Destination
+from dicomnode.remotes import Destination
 folder, port = Path(sys.argv[1]), int(sys.argv[2])
 destination = Destination("pacs", "PACS", "127.0.0.1", port)
 service = DeliveryService([destination], Index(f"sqlite:///{folder}/node.db"), Archive(folder), ae_title="NODE")

@@ -26,7 +26,7 @@ from dicomnode.archive import Archive
 from dicomnode.index import Index
 from dicomnode.indexer import Indexer
 from dicomnode.intake import Intake
-from dicomnode.model import Availability, Destination
+from dicomnode.remotes import Availability, Destination
 from dicomnode.volumes import instance_header
 from dicomnode.web import WebServer, application
 

@@ -23,10 +23,8 @@ from receiving_scp import ReceivingSCP
 from dicomnode.delivery import DeliveryService
 from dicomnode.delivery.sending import Sending
 from dicomnode.index import Which
-from dicomnode.model import (
-    DeliveryPriority,
-    Destination,
-)
+from dicomnode.model import DeliveryPriority
+from dicomnode.remotes import Destination
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from volume_refs import NOW, volume
 
 from dicomnode import cli, pairing, rules
 from dicomnode.errors import ConfigError
-from dicomnode.model import Source, VolumeRef
+from dicomnode.model import VolumeRef
+from dicomnode.remotes import Source
 from dicomnode.retrieve import MAX_ATTEMPTS
 from dicomnode.scheduler import Scheduler
 

@@ -28,9 +28,10 @@ from dicomnode.errors import RemoteError
 from dicomnode.indexer import Indexer
 from dicomnode.intake import Intake
 from dicomnode.listener import Listener
-from dicomnode.model import RetrievedBy, Source
+from dicomnode.model import RetrievedBy
 from dicomnode.negotiation import Access
 from dicomnode.pacs_sources import client_of, multipart
+from dicomnode.remotes import Source
 from dicomnode.retrieve import MAX_ATTEMPTS
 from dicomnode.spool import JournalRecord
 from dicomnode.volumes import instance_header

@@ -20,7 +20,7 @@ from dicomnode import rules, volumes
 from dicomnode.archive import Archive
 from dicomnode.counts import SeriesCounts
 from dicomnode.index import Index
-from dicomnode.model import Source
+from dicomnode.remotes import Source
 from dicomnode.scheduler import Scheduler
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)

@@ -24,8 +24,9 @@ from dicomnode.errors import LocalError, RemoteError
 from dicomnode.index import Index
 from dicomnode.intake import Intake
 from dicomnode.listener import Listener
-from dicomnode.model import Destination, Instance, TlsFiles
+from dicomnode.model import Instance
 from dicomnode.negotiation import Access
+from dicomnode.remotes import Destination, TlsFiles
 from dicomnode.scu import Association
 from dicomnode.tls import server_context
 from dicomnode.web import WebServer, application
