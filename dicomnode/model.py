@@ -332,8 +332,7 @@ class Job:
     Attributes
     ----------
     stage
-        The step in hand: volumes, registration, verdict, objects, deliver, or empty before the first. While images
-        are registered, the engine's own stage (prepare, linear, field, judge) or "phase 12/30".
+        The step in hand: volumes, registration, verdict, objects, deliver, or empty before the first.
     attempts
         How often a worker took it up; a clean stop does not count.
     """

@@ -58,14 +58,15 @@ class Maker:
         description = objects.description_4d(fixed, rule.series.description)
         _, overall = of_all([judged[role] for role in folder.moving_roles])
 
-        first: list[Dataset] = []
+        like: Dataset | None = None
 
         def placed(dataset: Dataset, role: str) -> Dataset:
+            nonlocal like
+            like = dataset if like is None else like
             slices, phase = fixed.grid.shape[0], order.index(role)
-            first.extend([dataset] if not first else [])
             return objects.as_phase(
                 dataset,
-                like=first[0],
+                like=like,
                 series_uid=series_uid,
                 description=description,
                 phase=phase,

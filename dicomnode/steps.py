@@ -163,10 +163,10 @@ class Steps:
         """Note the engine's progress in the index, now and then."""
         noted_at = 0.0
 
-        def note(stage: str, fraction: float) -> None:
+        def note(activity: str, fraction: float) -> None:
             nonlocal noted_at
             if time.monotonic() - noted_at >= PROGRESS_EVERY_S:
                 noted_at = time.monotonic()
-                self._index.set_progress(job_id, fraction, stage)
+                self._index.set_progress(job_id, fraction, activity)
 
         return note

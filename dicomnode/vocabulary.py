@@ -8,8 +8,8 @@ every meaning it had here.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping
+from unicodedata import combining, normalize
 
 Phrase = tuple[str, ...]
 
@@ -39,7 +39,7 @@ class Vocabulary:
     """
 
     def __init__(self, site: Mapping[str, Iterable[str]] | None = None) -> None:
-        added = {name: [_phrase(text) for text in texts] for name, texts in (site or {}).items()}
+        added = {name: [each for text in texts for each in _spellings(text)] for name, texts in (site or {}).items()}
         taken = {phrase for phrases in added.values() for phrase in phrases}
         self._names: dict[Phrase, set[str]] = {}
         for name, phrases in _BUILT_IN.items():
@@ -78,12 +78,21 @@ _REMEMBERED = 10_000
 
 def _phrase(text: str) -> Phrase:
     """The tokens of a text without accents."""
-    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    plain = "".join(c for c in normalize("NFKD", text) if not combining(c))
     return tuple(tokens(plain))
 
 
+def _spellings(text: str) -> frozenset[Phrase]:
+    """A phrase as it is read: umlauts are typed without their dots, or as two letters."""
+    in_two_letters = normalize("NFC", text.lower()).translate(_UMLAUTS)
+    return frozenset(phrase for each in (text, in_two_letters) if (phrase := _phrase(each)))
+
+
+_UMLAUTS = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue"})
+
+
 def _phrases(text: str) -> frozenset[Phrase]:
-    return frozenset(phrase for part in text.split(",") if (phrase := _phrase(part)))
+    return frozenset().union(*map(_spellings, text.split(",")))
 
 
 # English, German, French, Spanish, Portuguese, Italian, Dutch, Scandinavian, Polish, Turkish, Chinese, Japanese.
@@ -114,27 +123,26 @@ _BUILT_IN: dict[str, frozenset[Phrase]] = {
             contrastada, com contraste, con contrasto, con mdc, mdc, met contrast, na contrast, med kontrast, efter
             kontrast, z kontrastem, po kontrascie, kontrastli, 增强, 增強, 造影""",
         "arterial": """
-            art, arterial, arterial phase, arteriell, arterielle, arteriel, arterieel, arteriosa, arterioso,
-            arterialphase, arterielle phase, artar, artarfas, tetnicza, late arterial, late art, late arterial
-            phase, lat art, early arterial, early art, spatarteriell, spat arteriell, fruharteriell, fruh arteriell,
-            spaetarteriell, spaet arteriell, frueharteriell, frueh arteriell, arterielle tardive, arterial tardia,
-            arteriosa tardiva, arterielle precoce, hap, hepatic arterial, art phase, artph, 20 s, 25 s, 30 s, 35 s,
-            40 s, 25 sec, 30 sec, 35 sec, 40 sec, temps arteriel, fase arterial, fase arteriosa, 动脉期, 動脈期, 動脈相,
-            动脉""",
+            art, arterial, arterial phase, arteriell, arterielle, arteriel, arterieel, arteriosa,
+            arterioso, arterialphase, arterielle phase, artar, artarfas, tetnicza, late arterial, late art,
+            late arterial phase, lat art, early arterial, early art, spätarteriell, spät arteriell,
+            früharteriell, früh arteriell, arterielle tardive, arterial tardia, arteriosa tardiva,
+            arterielle precoce, hap, hepatic arterial, art phase, artph, 20 s, 25 s, 30 s, 35 s, 40 s, 25
+            sec, 30 sec, 35 sec, 40 sec, temps arteriel, fase arterial, fase arteriosa, 动脉期, 動脈期, 動脈相, 动脉""",
         "portal": """
-            portal, portal venous, portalvenous, porto venous, portovenous, portale, porta, portalvenos, portal
-            venos, portavenos, portvenos, venoes, portalvenoes, portal venoes, portavenoes, portvenoes, porto
-            venosa, portovenosa, pv, pvp, pvph, ven, venous, venous phase, venos, venosa, venoso, veineux, veineuse,
-            veneus, venose, vena porta, hepatic venous, portal phase, pv phase, wrotna, zylna, temps portal, fase
-            portal, fase portale, fase venosa, 60 s, 65 s, 70 s, 75 s, 80 s, 60 sec, 65 sec, 70 sec, 75 sec, 80 sec,
-            门脉期, 門脈相, 門脈期, 静脉期, 静脈相""",
+            portal, portal venous, portalvenous, porto venous, portovenous, portale, porta, venös,
+            portalvenös, portal venös, portavenös, portvenös, porto venosa, portovenosa, pv, pvp, pvph,
+            ven, venous, venous phase, venosa, venoso, veineux, veineuse, veneus, venose, vena porta,
+            hepatic venous, portal phase, pv phase, wrotna, zylna, temps portal, fase portal, fase portale,
+            fase venosa, 60 s, 65 s, 70 s, 75 s, 80 s, 60 sec, 65 sec, 70 sec, 75 sec, 80 sec, 门脉期, 門脈相,
+            門脈期, 静脉期, 静脈相""",
         "delayed": """
-            delayed, delay, late, late phase, late venous, equilibrium, equilib, equil, equilibrio, equilibre,
-            transitional, tardif, tardive, tardivo, tardiva, tardia, tardio, spat, spatphase, spate phase,
-            spatvenos, spaet, spaetphase, spaete phase, spaetvenoes, laat, late fase, pozna, nephrographic,
-            excretory, urographic, urogram, ausscheidung, excretion, excretora, escretoria, del, dly, 120 s, 150 s,
-            180 s, 240 s, 300 s, 120 sec, 150 sec, 180 sec, 240 sec, 300 sec, 2 min, 3 min, 4 min, 5 min, 8 min, 10
-            min, 15 min, 延迟期, 延遲期, 平衡相, 平衡期, 遅延相""",
+            delayed, delay, late, late phase, late venous, equilibrium, equilib, equil, equilibrio,
+            equilibre, transitional, tardif, tardive, tardivo, tardiva, tardia, tardio, spät, spätphase,
+            späte phase, spätvenös, laat, late fase, pozna, nephrographic, excretory, urographic, urogram,
+            ausscheidung, excretion, excretora, escretoria, del, dly, 120 s, 150 s, 180 s, 240 s, 300 s,
+            120 sec, 150 sec, 180 sec, 240 sec, 300 sec, 2 min, 3 min, 4 min, 5 min, 8 min, 10 min, 15 min,
+            延迟期, 延遲期, 平衡相, 平衡期, 遅延相""",
         "hepatobiliary": """
             hepatobiliary, hepatobiliary phase, hbp, hb phase, hepatobiliar, hepatobiliaire, hepatobiliare,
             hepatobiliar phase, leberspezifisch, 20 min, 肝胆期, 肝細胞相, 肝胆特异期""",

@@ -36,9 +36,7 @@ _GUARD_EVERY, _GUARD_TRIES = 10, 40
 _MARGIN_MM = 6.0
 _CHOICE_VOXELS, _CHOICE_SHARE = 150_000, 0.3
 _SEARCH_VOXELS = 250_000
-_ONE_KIND = (
-    0.8  # correlation of the bodies met so far: phases and agents 0.87 and more, T1-T2, T1-FLAIR, CT-MR 0.67 and less
-)
+_ONE_KIND = 0.8  # correlation; phases, contrast agents and two brains had 0.87 and more, T1-T2 and CT-MR 0.67 at most
 _WORTH = 1.01  # as much more similar must a suppler field be: freedom always finds some likeness
 _CLEARLY = 1.005  # as much more similar must a field be that has passed through low resolution
 

@@ -218,7 +218,7 @@ def _where_it_stands(status: dict[str, Any]) -> str:
     if status["jobs"]:
         job = status["jobs"][0]
         share = f" {10 * int(10 * job['progress'])} %" if job.get("progress") else ""
-        return f"job {job['state']}: {job['stage'] or 'not begun'}{share}"
+        return f"job {job['state']}: {job['stage'] or 'not begun'} {job['activity']}".rstrip() + share
     return "series: " + (", ".join(f"{row['state']} ({row['instances']})" for row in status["series"]) or "none")
 
 

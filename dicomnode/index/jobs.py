@@ -84,13 +84,15 @@ class Jobs(Withdrawals):
         """Note the step that begins."""
         with self._writing() as connection:
             connection.execute(
-                job.update().where(job.c.id == job_id).values(stage=stage, progress=0.0, stage_started_at=now)
+                job.update()
+                .where(job.c.id == job_id)
+                .values(stage=stage, activity="", progress=0.0, stage_started_at=now)
             )
 
-    def set_progress(self, job_id: str, progress: float, stage: str) -> None:
+    def set_progress(self, job_id: str, progress: float, activity: str) -> None:
         """Note how much of the step in hand is done, 0 to 1, and at what it is."""
         with self._writing() as connection:
-            connection.execute(job.update().where(job.c.id == job_id).values(progress=progress, stage=stage))
+            connection.execute(job.update().where(job.c.id == job_id).values(progress=progress, activity=activity))
 
     def judge_job(
         self,

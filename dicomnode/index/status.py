@@ -115,8 +115,8 @@ def _jobs() -> sa.Select[Any]:
     columns = (
         job.c.id, pair.c.rule_id, pair.c.rule_version, fixed.c.series_instance_uid.label("fixed"),
         moving.c.series_instance_uid.label("moving"), pair.c.fixed_volume_number.label("fixed_volume"),
-        pair.c.moving_volume_number.label("moving_volume"), job.c.state, job.c.stage, job.c.progress, job.c.attempts,
-        job.c.verdict, job.c.reason, job.c.report,
+        pair.c.moving_volume_number.label("moving_volume"), job.c.state, job.c.stage, job.c.activity, job.c.progress,
+        job.c.attempts, job.c.verdict, job.c.reason, job.c.report,
     )  # fmt: skip
     query = sa.select(*columns).join(pair, job.c.pair_id == pair.c.id)
     query = query.join(fixed, pair.c.fixed_series_id == fixed.c.id)

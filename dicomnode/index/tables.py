@@ -279,6 +279,7 @@ job = sa.Table(
     _to("pair"),
     sa.Column("state", Words(16), nullable=False, index=True),
     sa.Column("stage", Words(16), nullable=False),
+    sa.Column("activity", Words(32), nullable=False, server_default=""),  # what the stage is at
     sa.Column("progress", sa.Float, nullable=False),
     sa.Column("stage_started_at", UtcDateTime),
     sa.Column("attempts", sa.Integer, nullable=False),

@@ -15,7 +15,7 @@ from pydicom.uid import BlendingSoftcopyPresentationStateStorage
 
 from dicomnode.objects.common import Subject, decimal, identify_content, own_object, pair_description
 from dicomnode.objects.references import refer, reference
-from dicomnode.objects.scale import header_window, scale_of
+from dicomnode.objects.scale import header_window, is_ct, scale_of
 from dicomnode.volumes import rescale
 from registration_engine import Volume
 
@@ -57,7 +57,7 @@ def blending_state(subject: Subject, fixed: Volume, moving: Volume, registered: 
     dataset.PresentationCreationDate, dataset.PresentationCreationTime = dataset.ContentDate, dataset.ContentTime
     scale = scale_of(subject.moving, moving)
     own = (scale.slope, scale.intercept), scale.rescale_type or "US"
-    theirs = scales.pop(), str(subject.fixed.first.get("RescaleType") or ("HU" if _is_hu(subject) else "US"))
+    theirs = scales.pop(), str(subject.fixed.first.get("RescaleType") or ("HU" if is_ct(subject.fixed.first) else "US"))
     dataset.BlendingSequence = [
         _layer("UNDERLYING", subject.fixed.first, subject.fixed.references(), *theirs, _window(subject, fixed)),
         _layer("SUPERIMPOSED", registered[0], shown, *own, _window(subject.turned, moving)),
@@ -78,10 +78,6 @@ def blending_state(subject: Subject, fixed: Volume, moving: Volume, registered: 
 def _palette() -> Dataset:
     (path,) = get_palette_files(_PALETTE)
     return dcmread(path)
-
-
-def _is_hu(subject: Subject) -> bool:
-    return str(subject.fixed.first.get("Modality")) == "CT"
 
 
 def _layer(

@@ -46,7 +46,7 @@ def scale_of(series: SourceSeries, volume: Volume) -> Scale:
     first = series.first
     is_pet = single_frame_class(first) == PositronEmissionTomographyImageStorage
     rescale_type = first.get("RescaleType")
-    if is_ct(first) and (rescale_type or "HU") == "HU":
+    if is_in_hu(first):
         return Scale(1.0, 0.0, 16, True, "HU")
     rescale_type = "" if is_pet else rescale_type or "US"
     scales = {rescale(dataset) for dataset in series.datasets}
@@ -72,6 +72,11 @@ def outside_of(moving: Dataset, scale: Scale) -> float:
 def is_ct(dataset: Dataset) -> bool:
     """Whether a slice has the attributes of CT Image Storage."""
     return single_frame_class(dataset) == CTImageStorage
+
+
+def is_in_hu(dataset: Dataset) -> bool:
+    """Whether a slice's rescaled values are Hounsfield units: CT that names no other Rescale Type."""
+    return is_ct(dataset) and (dataset.get("RescaleType") or "HU") == "HU"
 
 
 def header_window(series: SourceSeries) -> tuple[float, float] | None:

@@ -32,7 +32,7 @@ from dicomnode.objects.invariants import check
 from dicomnode.objects.map_frames import index_by_segment, set_bits, set_frames
 from dicomnode.objects.measurement_report import algorithm, report_object, write_groups
 from dicomnode.objects.references import by_series, refer
-from dicomnode.objects.scale import header_window
+from dicomnode.objects.scale import header_window, is_in_hu
 from dicomnode.objects.secondary_capture import secondary_capture, words_of
 from dicomnode.objects.texts import described
 from dicomnode.objects.uptake_page import uptake_page
@@ -104,7 +104,7 @@ def uptake_objects(
 
 def units_of(dataset: Dataset) -> Code:
     """The unit of the rescaled values."""
-    if dataset.get("Modality") == "CT":
+    if is_in_hu(dataset):
         return Code("[hnsf'U]", "UCUM", "Hounsfield unit")
     return _PET_UNITS.get(str(dataset.get("Units") or ""), _NO_UNITS)
 

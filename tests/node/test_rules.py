@@ -16,7 +16,7 @@ from dicomnode.errors import ConfigError
 from dicomnode.model import HeaderValue
 from dicomnode.rule import OUTPUTS
 from dicomnode.rules import RuleSet
-from dicomnode.vocabulary import BUILT_IN, tokens
+from dicomnode.vocabulary import BUILT_IN, Vocabulary, tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT.parent / "shared" / "docs" / "rules-example.yaml"
@@ -395,6 +395,11 @@ def test_conditions_nested_beyond_reason_are_refused_without_a_traceback() -> No
 )
 def test_conditions_hold_as_their_words_say(text: str, header: dict[str, HeaderValue], expected: bool) -> None:
     assert condition(text).check(seen("1", **header)).passed is expected
+
+
+@pytest.mark.parametrize("written", ["Verzögerung", "VERZOGERUNG", "verzoegerung_3mm", "Verzo\u0308gerung"])
+def test_umlauts_are_read_with_dots_without_and_as_two_letters(written: str) -> None:
+    assert "delayed" in Vocabulary({"delayed": ["verzögerung"]}).read(written)
 
 
 def test_a_name_of_the_vocabulary_stands_for_its_expression() -> None:

@@ -177,3 +177,13 @@ def test_a_container_without_accounts_has_a_name_for_the_record(monkeypatch: pyt
     monkeypatch.setattr(os, "getuid", lambda: 987654)
 
     assert account() == "account 987654"
+
+
+def test_a_list_says_whose_each_rule_is_and_which_are_off(held: Held, capsys: pytest.CaptureFixture[str]) -> None:
+    about = "\n    owner: Radiology\n    tags: [liver, study-7]\n    comment: Portal to native\n    enabled: false\n"
+    held.put_rules(RULES.rstrip() + about)
+
+    listed = said(capsys, held, "rules", "list")
+
+    assert "  pre-post  disabled  normal" in listed
+    assert listed.rstrip().endswith("owner Radiology  tags liver,study-7  Portal to native")

@@ -145,7 +145,7 @@ def test_sigterm_in_the_middle_of_a_job_ends_cleanly_and_is_no_attempt(
     with ReceivingSCP() as pacs:
         node = RunningNode(tmp_path / "node", destinations=[("pacs", "PACS", pacs.port)])
         try:
-            node.start(die_at="dicomnode.steps:Steps.registration:after:linger")  # else it may be over unseen
+            node.start()
             for series in study:
                 node.send(series)
             wait_for(

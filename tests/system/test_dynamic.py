@@ -83,6 +83,7 @@ def test_all_phases_are_one_job_and_come_back_as_asked(tmp_path: Path, output: s
     assert len(set(shares)) > 20 * (PHASES - 1)
     others = [*range(PHASES // 2 + 1, PHASES), *range(PHASES // 2 - 1, -1, -1)]
     assert list(dict.fromkeys(stage for stage, _ in noted)) == [f"phase {n + 1}/{PHASES}" for n in others]
+    assert job["activity"] == noted[-1][0]
     assert len(job["report"]["phases"]) == PHASES - 1
     products = held.index.products_of(job_id)
     read = [(each.kind, pydicom.dcmread(held.archive.path(each.instance))) for each in products]

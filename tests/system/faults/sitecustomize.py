@@ -1,9 +1,8 @@
 """Kills the node at one exact place: put this folder on PYTHONPATH and set DIE_AT.
 
-DIE_AT=module:Class.method:before|after:tree|self|linger:marker
-    `tree` sends SIGKILL to the whole process group, `self` to this process alone, `linger` kills nothing and stays
-    there for ten seconds; where `marker` names a file, it happens once: the file is made first. The node's own code is
-    untouched: a power cut looks the same to it.
+DIE_AT=module:Class.method:before|after:tree|self:marker
+    `tree` sends SIGKILL to the whole process group, `self` to this process alone; where `marker` names a file, the
+    killing happens once: the file is made first. The node's own code is untouched: a power cut looks the same to it.
 """
 
 import functools
@@ -12,7 +11,6 @@ import importlib.util
 import os
 import signal
 import sys
-import time
 
 MODULE, PLACE, WHEN, WHOM, MARKER = (os.environ.get("DIE_AT") or "::::").split(":")
 
@@ -23,10 +21,7 @@ def die():
             return
         with open(MARKER, "w") as file:
             os.fsync(file.fileno())
-    if WHOM == "linger":
-        time.sleep(10)
-    else:
-        os.killpg(0, signal.SIGKILL) if WHOM == "tree" else os.kill(os.getpid(), signal.SIGKILL)
+    os.killpg(0, signal.SIGKILL) if WHOM == "tree" else os.kill(os.getpid(), signal.SIGKILL)
 
 
 def deadly(function):
