@@ -19,7 +19,7 @@ from typing import Any
 
 from dicomnode import config as configuration
 from dicomnode import jobs_parser, rules_parser
-from dicomnode.errors import ConfigError, NodeError
+from dicomnode.errors import ConfigError, LocalError, NodeError
 
 log = logging.getLogger("dicomnode")
 
@@ -37,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        log.debug("where it came from", exc_info=error)
+        print(f"dicomnode: {error.filename or 'trouble'}: {error.strerror or error}", file=sys.stderr)
         return 1
     return status
 
@@ -151,12 +155,17 @@ def _import(arguments: argparse.Namespace) -> int:
             imported += not reason
             refused += bool(reason)
             if reason:
-                print(f"{path}: not imported: {reason}", file=sys.stderr)
+                print(f"{_printable(path)}: not imported: {reason}", file=sys.stderr)
     finally:
         intake.stop()
         index.close()
         print(f"imported {imported} instances, {refused} files not imported")
     return 1 if refused else 0
+
+
+def _printable(path: Path) -> str:
+    """A path as it is, or quoted where a terminal or a reader of lines would stumble over it."""
+    return str(path) if str(path).isprintable() else repr(str(path))
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -166,11 +175,27 @@ def _check(arguments: argparse.Namespace) -> int:
     from dicomnode import rules, rules_cli
 
     config = configuration.load(arguments.config)
+    try:
+        _load_tls(config)
+    except LocalError as error:
+        print(error, file=sys.stderr)
+        return 2
     rule_set = rules_cli.check_against(config, rules.load(config.rules_path), str(config.rules_path))
     for warning in config.warnings():
         print(f"warning: {warning}", file=sys.stderr)
     print(f"ok: {len(config.destinations)} destinations, {len(rule_set.rules)} rules")
     return 0
+
+
+def _load_tls(config: configuration.Config) -> None:
+    """LocalError where a certificate or key cannot be used."""
+    from dicomnode.tls import client_context, server_context
+
+    if config.tls is not None:
+        server_context(config.tls.certificate, config.tls.key, config.tls.client_ca)
+    for destination in config.destinations:
+        if destination.tls is not None:
+            client_context(destination.tls)
 
 
 def _status(arguments: argparse.Namespace) -> int:

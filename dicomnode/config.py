@@ -10,14 +10,15 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from dicomnode import document
 from dicomnode.destinations import SENDER, DestinationSection
 from dicomnode.document import ProblemError, Section
-from dicomnode.errors import ConfigError, StudyError
-from dicomnode.fields import AETitle, Host, HostOrNetwork, Name, Port, matching
+from dicomnode.errors import StudyError
+from dicomnode.fields import AETitle, Host, HostOrNetwork, LocalPath, Name, Port, matching
 from dicomnode.remotes import Destination, Source
 from dicomnode.schedule import Schedule
 
@@ -51,11 +52,8 @@ def load(path: Path | None) -> Config:
     """
     if path is None:
         return _resolved(Config(), Path.cwd())
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), "(whole file)", str(error), "a readable UTF-8 file") from None
-    return _resolved(document.check(document.parse(text, str(path)), Config), path.absolute().parent)
+    found = document.check(document.parse(document.read(path), str(path)), Config)
+    return _resolved(found, path.absolute().parent)
 
 
 def schema() -> dict[str, Any]:
@@ -64,10 +62,14 @@ def schema() -> dict[str, Any]:
 
 
 def _database_url(url: str) -> str:
+    expected = "sqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST:PORT/DATABASE"
     if re.fullmatch(r"postgresql\+psycopg://.+", url):
-        return url
-    if not re.fullmatch(r"sqlite:///[^?]+", url) or ":memory:" in url:
-        raise ValueError("sqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE")
+        try:
+            _ = urlsplit(url).port
+        except ValueError:
+            raise ValueError(expected) from None
+    elif not re.fullmatch(r"sqlite:///[^?\0]+", url) or ":memory:" in url:
+        raise ValueError(expected)
     return url
 
 
@@ -77,7 +79,8 @@ def _mapping_or_list(value: object) -> object:
     return value
 
 
-Device = Annotated[str, AfterValidator(matching(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N (N from 0)"))]
+DEVICE, DEVICES = r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N (N from 0)"
+Device = Annotated[str, AfterValidator(matching(DEVICE, DEVICES))]
 Reserved = Annotated[
     Any, BeforeValidator(_mapping_or_list), Field(description="Reserved for a later version; no effect yet.")
 ]
@@ -99,7 +102,9 @@ class NodeSection(Section):
     ae_title: AETitle = Field(default="DICOMNODE", description="Our AE title.")
     host: Host = Field(default="0.0.0.0", description="Address to listen on.")  # noqa: S104 -- a DICOM node is there to be reached
     port: Port = Field(default=11112, description="Port to listen on.")
-    data_dir: Path = Field(default=Path("dicomnode-data"), description="Folder of the received instances and results.")
+    data_dir: LocalPath = Field(
+        default=Path("dicomnode-data"), description="Folder of the received instances and results."
+    )
     quiet_period_s: float = Field(
         default=30.0, strict=True, gt=0, description="A series is complete this long after its last instance, seconds."
     )
@@ -219,9 +224,9 @@ class LimitsSection(Section):
 class TlsSection(Section):
     """Mutual TLS by BCP 195: 1.2 or 1.3, and every peer shows a certificate."""
 
-    certificate: Path = Field(description="Our certificate chain, PEM.")
-    key: Path = Field(description="Its private key, PEM.")
-    client_ca: Path = Field(description="Who signs the peers' certificates, PEM.")
+    certificate: LocalPath = Field(description="Our certificate chain, PEM.")
+    key: LocalPath = Field(description="Its private key, PEM.")
+    client_ca: LocalPath = Field(description="Who signs the peers' certificates, PEM.")
     port: Port | None = Field(
         default=None, description="Port for TLS beside node.port in the clear; left out: node.port speaks TLS alone."
     )
@@ -252,7 +257,7 @@ class Config(Section):
         default=(), alias="sources", description="Where rules fetch earlier examinations from."
     )
     worker: WorkerSection = WorkerSection()
-    rules_path: Path | None = Field(
+    rules_path: LocalPath | None = Field(
         default=None, alias="rules", description="The pairing rules' file; left out: nothing is registered."
     )
     access: AccessSection = AccessSection()
@@ -284,7 +289,15 @@ class Config(Section):
             )
         if self.tls is not None and self.tls.port == self.node.port:
             raise ProblemError(("tls", "port"), self.tls.port, "another port than node.port, or none")
+        taken = {self.node.port} if self.tls is None else {self.node.port, self.tls.port}
+        if self.web is not None and self.web.port in taken and self._share_an_address():
+            raise ProblemError(("web", "port"), self.web.port, "another port than node.port and tls.port")
         return self
+
+    def _share_an_address(self) -> bool:
+        """Whether DICOM and HTTP listen on one address."""
+        hosts = {self.node.host, "" if self.web is None else self.web.host}
+        return len(hosts) == 1 or not hosts.isdisjoint({"0.0.0.0", "::"})  # noqa: S104 - every address is one of them
 
     @property
     def data_dir(self) -> Path:
@@ -379,7 +392,7 @@ class Config(Section):
 
 def _resolved(config: Config, folder: Path) -> Config:
     """The same with absolute paths and the database URL complete."""
-    data_dir = folder / config.node.data_dir.expanduser()
+    data_dir = folder / config.node.data_dir
     url = config.database.url.replace("{data_dir}", str(data_dir))
     if url.startswith("sqlite:///"):
         url = f"sqlite:///{folder / url.removeprefix('sqlite:///')}"
@@ -388,14 +401,11 @@ def _resolved(config: Config, folder: Path) -> Config:
             "node": config.node.model_copy(update={"data_dir": data_dir}),
             "database": config.database.model_copy(update={"url": url}),
             "destination_sections": tuple(section.resolved(folder) for section in config.destination_sections),
-            "rules_path": None if config.rules_path is None else folder / config.rules_path.expanduser(),
+            "rules_path": None if config.rules_path is None else folder / config.rules_path,
             "tls": None
             if config.tls is None
             else config.tls.model_copy(
-                update={
-                    name: folder / getattr(config.tls, name).expanduser()
-                    for name in ("certificate", "key", "client_ca")
-                }
+                update={name: folder / getattr(config.tls, name) for name in ("certificate", "key", "client_ca")}
             ),
         }
     )

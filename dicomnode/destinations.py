@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, model_validator
 
 from dicomnode.document import ProblemError, Section
-from dicomnode.fields import AETitle, Host, Name, Port, matching
+from dicomnode.fields import AETitle, Host, LocalPath, Name, Port, matching
 from dicomnode.outputs import each_an_output
 from dicomnode.remotes import Availability, Destination, TlsFiles
 from dicomnode.schedule import Schedule
@@ -38,9 +38,9 @@ class RetrySection(Section):
 class DestinationTlsSection(Section):
     """Mutual TLS by BCP 195: 1.2 or 1.3."""
 
-    certificate: Path = Field(description="Our certificate chain, PEM.")
-    key: Path = Field(description="Its private key, PEM.")
-    ca: Path = Field(description="Who signs the destination's certificate, PEM.")
+    certificate: LocalPath = Field(description="Our certificate chain, PEM.")
+    key: LocalPath = Field(description="Its private key, PEM.")
+    ca: LocalPath = Field(description="Who signs the destination's certificate, PEM.")
     check_host_name: bool = Field(
         default=True, strict=True, description="The certificate must be of the host name or address we connect to."
     )
@@ -141,5 +141,5 @@ class DestinationSection(Section):
         """The same with absolute paths."""
         if self.tls is None:
             return self
-        paths = {name: folder / getattr(self.tls, name).expanduser() for name in ("certificate", "key", "ca")}
+        paths = {name: folder / getattr(self.tls, name) for name in ("certificate", "key", "ca")}
         return self.model_copy(update={"tls": self.tls.model_copy(update=paths)})

@@ -1,6 +1,6 @@
 """One YAML file → one checked value, or every problem in it, each with file, line, key, got and expected.
 
-Law: this room knows YAML and pydantic and nothing of what the keys mean. It reads no file; `config` and `rules` do.
+Law: this room knows YAML and pydantic and nothing of what the keys mean.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
@@ -18,6 +19,9 @@ from dicomnode.errors import ConfigError
 
 MAX_NODES = 100_000
 """Values one file may hold once its aliases are followed; beyond it lies only an alias bomb."""
+
+MAX_BYTES = 4 << 20
+"""Of one file; a thousand rules take a tenth of it."""
 
 Step = str | int
 ModelT = TypeVar("ModelT", bound="Section")
@@ -148,6 +152,28 @@ class Document:
             else:
                 key += f".{step}" if key else step
         return key or "(whole file)"
+
+
+def read(path: Path) -> str:
+    """The text of a file.
+
+    Raises
+    ------
+    ConfigError
+        It cannot be read, is no regular file (of which reading might never end), too large, or not UTF-8.
+    """
+    try:
+        if not path.is_file():
+            path.stat()
+            raise ConfigError(str(path), "(whole file)", "a folder or device", "a file")
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise ConfigError(str(path), "(whole file)", f"{size} bytes", f"{MAX_BYTES} bytes at most")
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(str(path), "(whole file)", error.strerror, "a file that can be read") from None
+    except UnicodeDecodeError as error:
+        got = f"byte {error.object[error.start]:#04x} at {error.start}"
+        raise ConfigError(str(path), "(whole file)", got, "UTF-8 text") from None
 
 
 def parse(text: str, file: str) -> Document:

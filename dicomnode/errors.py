@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import traceback
 
+_LONGEST_GOT = 160
+
 
 class NodeError(Exception):
     """Abstract base; children set `retry` and say who can mend the trouble."""
@@ -29,7 +31,9 @@ class ConfigError(NodeError):
     """
 
     def __init__(self, file: str, key: str, got: object, expected: str) -> None:
-        super().__init__(f"{file}: {key}: got {got!r}, expected {expected}")
+        told = repr(got)
+        told = told if len(told) <= _LONGEST_GOT else f"{told[:_LONGEST_GOT]}…"
+        super().__init__(f"{file}: {key}: got {told}, expected {expected}")
         self.file, self.key, self.got, self.expected = file, key, got, expected
 
 

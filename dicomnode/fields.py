@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 
 def ae_title(text: str) -> str:
@@ -29,10 +30,23 @@ def matching(pattern: str, expected: str) -> Callable[[str], str]:
     return check
 
 
+def local_path(text: object) -> object:
+    """A path with `~` followed; ValueError for an empty one and for what no file system has."""
+    if not isinstance(text, str):
+        return text
+    if not text or "\0" in text:
+        raise ValueError("a path")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError("a path, its ~ a user of this machine") from None
+
+
 AETitle = Annotated[str, AfterValidator(ae_title), Field(min_length=1, max_length=16)]
 Host = Annotated[str, AfterValidator(matching(r"[^\s/@]+", "a host name or address")), Field(min_length=1)]
 HostOrNetwork = Annotated[
     str, AfterValidator(matching(r"[^\s/@]+(/\d{1,3})?", "an address, a network such as 10.1.0.0/16, or a host name"))
 ]
 Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
+LocalPath = Annotated[Path, BeforeValidator(local_path)]
 Name = Annotated[str, AfterValidator(matching(r"[A-Za-z0-9._-]{1,64}", "1 to 64 letters, digits or . _ -"))]

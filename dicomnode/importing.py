@@ -8,7 +8,6 @@ from pathlib import Path
 
 from pydicom.uid import MediaStorageDirectoryStorage
 
-from dicomnode.errors import LocalError
 from dicomnode.intake import DuplicateError, FullError, Intake
 from dicomnode.part10 import NotDicomError, read_head
 from dicomnode.spool import Source
@@ -22,16 +21,20 @@ def import_folder(folder: Path, intake: Intake, *, called_ae_title: str) -> Iter
 
     A DICOMDIR is passed over without a word; links to folders are not followed.
 
+    A folder that cannot be listed is yielded like a file that cannot be read.
+
     Raises
     ------
     LocalError
-        A disk is failing: what was yielded is safe, the rest can be imported again.
+        The archive's disk is failing: what was yielded is safe, the rest can be imported again.
     """
     source = Source.new(CALLING_AE_TITLE, called_ae_title, "127.0.0.1")
     opened_at = intake.clock()
     stored = refused = 0
-    for path in _files(folder):
+    for path, fault in _files(folder):
         try:
+            if fault is not None:
+                raise fault
             if not _import(path, intake, source):
                 continue
             reason = ""
@@ -68,12 +71,18 @@ def _import(path: Path, intake: Intake, source: Source) -> bool:
     return True
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """Every regular file; LocalError if a folder cannot be listed."""
-
-    def cannot(error: OSError) -> None:
-        raise LocalError(f"{error.filename}: cannot be listed: {error.strerror}") from error
-
-    for parent, folders, names in os.walk(folder, onerror=cannot):
+def _files(folder: Path) -> Iterator[tuple[Path, OSError | None]]:
+    """Every regular file, and every folder that cannot be listed with the reason."""
+    faults: list[OSError] = []
+    for parent, folders, names in os.walk(folder, onerror=faults.append):
         folders.sort()
-        yield from (path for name in sorted(names) if (path := Path(parent, name)).is_file())
+        yield from ((Path(error.filename), error) for error in faults)
+        faults.clear()
+        for name in sorted(names):
+            path = Path(parent, name)
+            try:
+                if path.is_file():
+                    yield path, None
+            except OSError as error:  # a name too long to ask about
+                yield path, error
+    yield from ((Path(error.filename), error) for error in faults)

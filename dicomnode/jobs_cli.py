@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -31,7 +32,9 @@ def reproduce(arguments: argparse.Namespace) -> int:
     from dicomnode.reproduce import reproduce as again
 
     with _job(arguments) as (config, index, job):
-        device = arguments.device or config.worker.device
+        device = config.worker.device if arguments.device is None else arguments.device
+        if not re.fullmatch(configuration.DEVICE, device):
+            raise ConfigError("reproduce", "--device", device, configuration.DEVICES)
         found = again(index, Archive(config.data_dir), job.id, arguments.out, device=device)
     for line in found.lines:
         print(line)
@@ -48,8 +51,9 @@ def export(arguments: argparse.Namespace) -> int:
             raise ConfigError("export", "JOB", job.id, f"a job with results; this one is {job.state}")
         try:
             arguments.out.mkdir(parents=True)
-        except FileExistsError:
-            raise ConfigError("export", "--out", str(arguments.out), "a folder that is not there yet") from None
+        except OSError as error:
+            expected = f"a folder that is not there yet and can be made ({error.strerror})"
+            raise ConfigError("export", "--out", str(arguments.out), expected) from None
         count: Counter[str] = Counter()
         for product in products:
             count[product.kind] += 1
@@ -164,7 +168,7 @@ def _job(arguments: argparse.Namespace) -> Iterator[tuple[configuration.Config, 
 
 
 def _job_id(index: Index, beginning: str) -> str:
-    ids = index.jobs_like(beginning)
+    ids = index.jobs_like(beginning) if beginning else []  # a script's empty variable means no job
     if len(ids) != 1:
         expected = "the id of one job, or its beginning" + (f"; {len(ids)} begin so" if ids else "")
         raise ConfigError("dicomnode", "JOB", beginning, expected)

@@ -61,7 +61,7 @@ def reproduce(index: Index, archive: Archive, job_id: str, out: Path, *, device:
     Raises
     ------
     ConfigError
-        `out` holds something already.
+        `out` holds something already, or cannot be made.
     StudyError
         The job has no results, or an input is not what it was.
     """
@@ -71,7 +71,10 @@ def reproduce(index: Index, archive: Archive, job_id: str, out: Path, *, device:
     if recorded is None:
         raise StudyError(f"job {job_id} has no result to reproduce: it is {job.state}{job.reason and ': '}{job.reason}")
     members = _members(index, job_id, recorded["inputs"])
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("reproduce", "--out", str(out), f"a folder that can be made ({error.strerror})") from None
     text = index.rule_set_text(job.rule_version)
     rule = rules.parse(text, f"rule set {job.rule_version}").rule(job.rule_id)
     report = next(iter(recorded["results"].values()))["report"]

@@ -18,7 +18,6 @@ from pydantic import Field, field_validator
 from dicomnode import conditions, document
 from dicomnode.conditions import ALWAYS, Condition, Names
 from dicomnode.document import ProblemError, Section, each_of
-from dicomnode.errors import ConfigError
 from dicomnode.rule import ConditionField, Rule
 from dicomnode.vocabulary import BUILT_IN, Vocabulary, tokens
 
@@ -40,11 +39,7 @@ def load(path: Path | None) -> RuleSet:
     """
     if path is None:
         return parse("version: 1\nrules: []", "(no rules file)")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), "(whole file)", str(error), "a readable UTF-8 file") from None
-    return parse(text, str(path))
+    return parse(document.read(path), str(path))
 
 
 def parse(text: str, file: str) -> RuleSet:

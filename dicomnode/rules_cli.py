@@ -88,15 +88,19 @@ def _put(config: configuration.Config, found: RuleSet, *, source: str, comment: 
 def export(arguments: argparse.Namespace) -> int:
     """Print rules as they were written."""
     index = open_index(configuration.load(arguments.config).database_url)
-    print(index.rule_set_text(arguments.version or index.newest_rule_version(), written=True), end="")
+    print(index.rule_set_text(_version(index, arguments.version), written=True), end="")
     index.close()
     return 0
+
+
+def _version(index: Index, asked: int | None) -> int:
+    return index.newest_rule_version() if asked is None else asked
 
 
 def list_rules(arguments: argparse.Namespace) -> int:
     """List the rules of a version."""
     index = open_index(configuration.load(arguments.config).database_url)
-    version = arguments.version or index.newest_rule_version()
+    version = _version(index, arguments.version)
     found = rules.parse(index.rule_set_text(version), f"version {version}")
     index.close()
     print(f"version {version}: {len(found.rules)} rules")
@@ -124,8 +128,8 @@ def history(arguments: argparse.Namespace) -> int:
 def diff(arguments: argparse.Namespace) -> int:
     """Print what changed between two versions."""
     index = open_index(configuration.load(arguments.config).database_url)
-    new = arguments.new or index.newest_rule_version()
-    old = arguments.old or max(new - 1, 1)
+    new = _version(index, arguments.new)
+    old = max(new - 1, 1) if arguments.old is None else arguments.old
     one, other = (index.rule_set_text(version, written=True).splitlines(keepends=True) for version in (old, new))
     index.close()
     changes = "".join(difflib.unified_diff(one, other, f"version {old}", f"version {new}"))
@@ -186,7 +190,7 @@ def test(arguments: argparse.Namespace) -> int:
 
 def _patients(index: Index, arguments: argparse.Namespace) -> list[tuple[str, str]]:
     """Whose series the rules are tried on."""
-    if not arguments.study:
+    if arguments.study is None:
         return index.patients_of(since=datetime.now(UTC) - _duration(arguments.last))
     found = index.patients_of(study=arguments.study)
     if not found:

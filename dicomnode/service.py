@@ -7,12 +7,15 @@ part finish what it has in hand.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import ssl
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -49,11 +52,28 @@ def serve(config: Config, config_path: Path | None, stop: threading.Event) -> No
     ConfigError
         The rules cannot be used.
     LocalError
-        The data folder, the database or the port cannot be had.
+        The data folder, which another node may hold, the database or the port cannot be had.
     """
     for warning in config.warnings():
         log.warning(warning)
     archive = Archive(config.data_dir)
+    with _alone(archive.root):
+        _serve(config, config_path, archive, stop)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the data folder: two nodes on one would register and send everything twice."""
+    path = folder / "node.lock"
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise LocalError(f"{path}: another live node holds it, expected one node on a data folder") from error
+        yield
+
+
+def _serve(config: Config, config_path: Path | None, archive: Archive, stop: threading.Event) -> None:
     index = Index(config.database_url)
     index.migrate()
     workflow.migrate(config.database_url)

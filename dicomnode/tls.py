@@ -37,9 +37,16 @@ def _with_files(context: ssl.SSLContext, certificate: Path, key: Path, authority
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM")  # of TLS 1.2; those of 1.3 are all good (RFC 9325)
     context.verify_mode = ssl.CERT_REQUIRED
+    files = f"certificate {certificate} with key {key}"
     try:
-        context.load_cert_chain(certificate, key)
+        context.load_cert_chain(certificate, key, password=_no_password)
+        files = f"authority {authority}"
         context.load_verify_locations(authority)
-    except (OSError, ssl.SSLError) as error:
-        raise LocalError(f"tls: {certificate}, {key}, {authority}: {error}") from error
+    except (OSError, ssl.SSLError, ValueError) as error:
+        raise LocalError(f"tls: {files}: got {error}, expected PEM files that can be read and fit") from error
     return context
+
+
+def _no_password() -> str:
+    """Or OpenSSL would ask at the terminal, and a service stand there for ever."""
+    raise ValueError("a key with a password")

@@ -25,7 +25,14 @@ from registration_engine.errors import (
     OutOfDeviceMemoryError,
     RegistrationError,
 )
-from registration_engine.files import VolumeFiles, read_field, read_volume, write_field, write_volume
+from registration_engine.files import (
+    VolumeFiles,
+    read_field,
+    read_volume,
+    require_writable,
+    write_field,
+    write_volume,
+)
 from registration_engine.prepare import body
 from registration_engine.presets import PRESETS
 from registration_engine.report import evaluate, read_landmarks, write_evaluation, write_uptake
@@ -47,10 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RegistrationError as error:
         return _fail(BAD_INPUT, error)
     except OSError as error:
-        return _fail(BAD_INPUT, error)
+        return _fail(BAD_INPUT, f"{error.filename}: {error.strerror}" if error.filename else error)
 
 
 def _register(options: argparse.Namespace) -> int:
+    inputs = [f for f in (options.fixed, options.moving, options.fixed_mask, options.moving_mask) if f]
+    for path in (options.out_image, options.out_field):
+        if path:
+            require_writable(path, inputs)
+    if options.report:
+        require_writable(options.report, inputs, suffixes=("",))
     fixed, moving = read_volume(options.fixed), read_volume(options.moving)
     registration = register(
         fixed,
@@ -67,12 +80,16 @@ def _register(options: argparse.Namespace) -> int:
         write_volume(options.out_image, warp(moving, field, fixed.grid, outside=float(moving.voxels.min())))
     if options.out_field:
         write_field(options.out_field, field)
+    report = json.dumps(registration.report.as_dict(), indent=2) + "\n"
     if options.report:
-        options.report.write_text(json.dumps(registration.report.as_dict(), indent=2) + "\n", encoding="utf-8")
+        options.report.write_text(report, encoding="utf-8")
+    elif not (options.out_image or options.out_field):
+        print(report, end="")
     return DONE
 
 
 def _warp(options: argparse.Namespace) -> int:
+    require_writable(options.out, [options.field, options.image])
     field, image = read_field(options.field), read_volume(options.image)
     warped = warp(image, field, field.grid, outside=options.outside, interpolation=options.interpolation)
     write_volume(options.out, warped)
@@ -132,6 +149,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise InvalidRequestError("Labels, landmarks and a backward field belong to one moving image, got several")
     fixed = read_volume(options.fixed)
     region = _region(fixed, options.region)
+    options.out.mkdir(parents=True, exist_ok=True)
     before, after = [], []
     for number, (image, field_file) in enumerate(zip(options.moving, options.field, strict=True)):
         moving, field = read_volume(image), read_field(field_file)
@@ -164,6 +182,12 @@ def _region(fixed: Volume, mask: Path | None) -> npt.NDArray[np.bool_]:
     return np.asarray(warp(given, None, fixed.grid, interpolation="nearest").voxels > 0)
 
 
+def _finite(text: str) -> float:
+    if not np.isfinite(value := float(text)):
+        raise argparse.ArgumentTypeError(f"got {text}, expected a finite number")
+    return value
+
+
 def _tell_stage(phase: int, stage: str, part: float) -> None:
     if part == 0:
         print(f"phase {phase}: {stage}", file=sys.stderr)
@@ -191,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     register_.add_argument("--preset", default="balanced", help=f"{', '.join(PRESETS)} (default: balanced)")
     register_.add_argument("--out-image", type=Path, help="the moving image on the fixed grid")
     register_.add_argument("--out-field", type=Path, help="total displacement on the fixed grid, LPS mm")
-    register_.add_argument("--report", type=Path, help="measurements, as JSON")
+    register_.add_argument("--report", type=Path, help="measurements, as JSON; printed where no file is asked for")
     register_.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     register_.add_argument("--seed", type=int, default=0)
     register_.add_argument("--fixed-mask", type=Path, help="only fixed voxels where this is above 0 count")
@@ -202,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     warp_.add_argument("--field", type=Path, required=True)
     warp_.add_argument("--out", type=Path, required=True)
     warp_.add_argument("--interpolation", choices=("linear", "nearest"), default="linear")
-    warp_.add_argument("--outside", type=float, default=0.0, help="value outside the image (default: 0)")
+    warp_.add_argument("--outside", type=_finite, default=0.0, help="value outside the image (default: 0)")
 
     series = commands.add_parser("register-4d", help="register every phase of a dynamic series to one of them")
     series.add_argument("phases", nargs="+", type=Path, metavar="PHASE", help="in order of time")
@@ -231,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _fail(status: int, error: Exception) -> int:
+def _fail(status: int, error: Exception | str) -> int:
     print(f"registration-engine: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 

@@ -24,9 +24,8 @@ def device_named(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda") or (
         device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
     ):
-        raise InvalidRequestError(
-            f"Device: got {name!r}, expected auto, cpu or one of {torch.cuda.device_count()} cuda"
-        )
+        there = ["auto", "cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+        raise InvalidRequestError(f"Device: got {name!r}, expected one of those here: {', '.join(there)}")
     return device
 
 

@@ -245,8 +245,15 @@ def read_landmarks(path: Path) -> tuple[Points, Points]:
     Raises
     ------
     InvalidRequestError
-        A column is missing, a value is no finite number, or there is no line.
+        A column is missing, a value is no finite number, there is no line, or it is no table at all.
     """
+    try:
+        return _landmarks(path)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InvalidRequestError(f"{path}: no table of comma-separated values ({error})") from None
+
+
+def _landmarks(path: Path) -> tuple[Points, Points]:
     names = [f"{image}_{axis}" for image in ("fixed", "moving") for axis in "xyz"]
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = csv.DictReader(file, skipinitialspace=True)
@@ -283,7 +290,10 @@ def _overlaps(
     before, after = (
         {o.label: o for o in evaluation.label_overlaps(on_fixed, m, fixed.grid.spacing_mm, wanted)} for m in moved
     )
-    return {label: (before[label], after[label]) for label in wanted if label in before and label in after}
+    found = {label: (before[label], after[label]) for label in wanted if label in before and label in after}
+    if not found:
+        raise InvalidVolumeError(f"Labels: none of the {len(wanted)} that both images share reaches the fixed image")
+    return found
 
 
 def _mean(values: npt.NDArray[Any]) -> float:

@@ -13,6 +13,12 @@ import numpy.typing as npt
 
 from registration_engine.errors import InvalidVolumeError
 
+LARGEST_VALUE = 1e18
+"""Of a voxel: its square is still a float32."""
+
+FARTHEST_MM = 1e6
+"""From the origin of a grid's corner, and largest component of a displacement: a float32 still tells tenths there."""
+
 FloatArray = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 
 
@@ -30,7 +36,7 @@ class Grid:
     Raises
     ------
     InvalidVolumeError
-        The affine is singular, not finite, sheared, or an axis has no voxel.
+        The affine is singular, not finite, sheared, or reaches too far, or an axis has no voxel.
     """
 
     shape: tuple[int, int, int]
@@ -51,6 +57,12 @@ class Grid:
         shear = float(np.abs((axes / spacing).T @ (axes / spacing) - np.eye(3)).max())
         if shear > 1e-3:
             raise InvalidVolumeError(f"Grid axes are not orthogonal: largest cosine {shear:.4f}, expected below 0.001")
+        extent = np.abs(axes) @ np.array(self.shape, dtype=np.float64)
+        if (np.abs(affine[:3, 3]) + extent).max() > FARTHEST_MM:
+            raise InvalidVolumeError(
+                f"Grid: got its first voxel at {affine[:3, 3].tolist()} mm and an extent of {extent.tolist()} mm, "
+                f"expected all within {FARTHEST_MM:.0f} mm of the origin"
+            )
         affine.setflags(write=False)
         object.__setattr__(self, "affine", affine)
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
@@ -96,7 +108,7 @@ class Volume:
     Raises
     ------
     InvalidVolumeError
-        Shapes differ, or a voxel is not finite.
+        Shapes differ, or a voxel is not finite or beyond `LARGEST_VALUE`.
     """
 
     voxels: npt.NDArray[np.float32]
@@ -111,6 +123,10 @@ class Volume:
         bad = int(voxels.size - np.count_nonzero(np.isfinite(voxels)))
         if bad:
             raise InvalidVolumeError(f"Volume: {bad} of {voxels.size} voxels are NaN or infinite, expected none")
+        if max(-float(voxels.min()), float(voxels.max())) > LARGEST_VALUE:
+            raise InvalidVolumeError(
+                f"Volume: got values from {voxels.min():g} to {voxels.max():g}, expected within {LARGEST_VALUE:g}"
+            )
         if voxels is self.voxels:
             voxels = voxels.view()
         voxels.setflags(write=False)
@@ -131,7 +147,7 @@ class DisplacementField:
     Raises
     ------
     InvalidVolumeError
-        Shapes differ, or a component is not finite.
+        Shapes differ, or a component is not finite or beyond `FARTHEST_MM`.
     """
 
     vectors: npt.NDArray[np.float32]
@@ -143,6 +159,10 @@ class DisplacementField:
             raise InvalidVolumeError(f"Field: got shape {vectors.shape}, expected {(*self.grid.shape, 3)}")
         if not np.isfinite(vectors).all():
             raise InvalidVolumeError("Field: holds NaN or infinite components, expected none")
+        if max(-float(vectors.min()), float(vectors.max())) > FARTHEST_MM:
+            raise InvalidVolumeError(
+                f"Field: got components from {vectors.min():g} to {vectors.max():g} mm, expected within {FARTHEST_MM:g}"
+            )
         if vectors is self.vectors:
             vectors = vectors.view()
         vectors.setflags(write=False)

@@ -104,7 +104,7 @@ MAY_IMPORT = {
     },
     "cli": {
         "archive", "config", "demo", "errors", "importing", "index", "indexer", "jobs_parser", "model", "rules",
-        "rules_cli", "rules_parser", "service", "steps", "volumes", "workflow",
+        "rules_cli", "rules_parser", "service", "steps", "tls", "volumes", "workflow",
     },
     "__main__": {"cli"},
     "__init__": set(),

@@ -20,6 +20,8 @@ from dicomnode.phantom import PhantomStudy, write_study
 
 SEED = 1
 MEAN_BELOW_MM, P95_BELOW_MM, START_ABOVE_MM = 1.0, 2.5, 6.0
+MARK = ".dicomnode-demo"
+"""In every folder a demonstration has run in: nothing else is ever replaced."""
 OWN_NAMES = (
     "study",
     "received",
@@ -55,7 +57,13 @@ def run(folder: Path) -> int:
 
 
 def _demonstrate(folder: Path) -> list[str]:
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()) and not (folder / MARK).exists():
+            raise DemoError(f"{folder}: got a folder that holds something else, expected an empty one or a new name")
+        (folder / MARK).touch()
+    except OSError as error:
+        raise DemoError(f"{folder}: {error.strerror}; expected a folder to write to") from None
     for name in OWN_NAMES:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

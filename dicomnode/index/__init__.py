@@ -62,7 +62,7 @@ def open_index(url: str, *, create: bool = False) -> Index:
     Raises
     ------
     LocalError
-        There is none yet.
+        There is none yet, or another version of the software made it.
     """
     file = Path(url.removeprefix("sqlite:///"))
     if url.startswith("sqlite:///") and not file.exists():
@@ -72,4 +72,6 @@ def open_index(url: str, *, create: bool = False) -> Index:
     index = Index(url)
     if create:
         index.migrate()
+    else:
+        index.require_shape()
     return index

@@ -18,6 +18,7 @@ from dicomnode.errors import LocalError
 from dicomnode.index.tables import series
 from dicomnode.model import Instance
 
+_MIGRATIONS = Path(__file__).parent / "migrations"
 STORED = tuple(Instance.__dataclass_fields__)
 """The columns that hold a `model.Instance`."""
 
@@ -63,23 +64,43 @@ class Database:
         """
         import alembic.command
         import alembic.config
+        import alembic.util
 
         config = alembic.config.Config()
-        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        config.set_main_option("script_location", str(_MIGRATIONS))
         try:
-            with _local_errors(), self.engine.connect() as connection:
+            with self._local_errors(), self.engine.connect() as connection:
                 is_sqlite = self.engine.dialect.name == "sqlite"
                 if is_sqlite:  # it alters a table by copy and drop, which would break what refers to its rows
                     connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
                     connection.commit()
                     connection.exec_driver_sql("BEGIN IMMEDIATE")
                 config.attributes["connection"] = connection
-                alembic.command.upgrade(config, revision)
+                try:
+                    alembic.command.upgrade(config, revision)
+                except alembic.util.CommandError as error:
+                    raise LocalError(f"{self.name}: made by another version of dicomnode: {error}") from None
                 if is_sqlite and connection.exec_driver_sql("PRAGMA foreign_key_check").first() is not None:
-                    raise LocalError("database: a migration would break references; nothing was changed")
+                    raise LocalError(f"{self.name}: a migration would break references; nothing was changed")
                 connection.commit()
         finally:
             self.engine.dispose()  # the next connections look after references again
+
+    def require_shape(self) -> None:
+        """LocalError where another version of the software made, or last changed, the tables."""
+        newest = max(path.stem.split("_")[0] for path in (_MIGRATIONS / "versions").glob("[0-9]*.py"))
+        with self._reading() as connection:
+            is_made = sa.inspect(connection).has_table("alembic_version")
+            found = connection.scalar(sa.text("SELECT version_num FROM alembic_version")) if is_made else None
+        if found != newest:
+            expected = f"revision {newest}; a start of the node brings an older one to it"
+            raise LocalError(f"{self.name}: got tables of revision {found or 'none'}, expected {expected}")
+
+    @property
+    def name(self) -> str:
+        """The database as messages name it, without password."""
+        url = self.engine.url
+        return f"database {url.database if url.get_backend_name() == 'sqlite' else url.render_as_string()}"
 
     def close(self) -> None:
         """Give back every connection."""
@@ -88,25 +109,24 @@ class Database:
     @contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
         """One transaction that holds SQLite's write lock from its first statement on."""
-        with _local_errors(), self.engine.begin() as connection:
+        with self._local_errors(), self.engine.begin() as connection:
             if self.engine.dialect.name == "sqlite":
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
             yield connection
 
     @contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
-        with _local_errors(), self.engine.connect() as connection:
+        with self._local_errors(), self.engine.connect() as connection:
             yield connection
 
-
-@contextmanager
-def _local_errors() -> Iterator[None]:
-    try:
-        yield
-    except sa.exc.SQLAlchemyError as error:
-        # what follows the first line is the statement, or, from PostgreSQL, the values of a row
-        said = str(getattr(error, "orig", None) or error).strip() or type(error).__name__
-        raise LocalError(f"database: {said.splitlines()[0]}") from error
+    @contextmanager
+    def _local_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sa.exc.SQLAlchemyError as error:
+            # what follows the first line is the statement, or, from PostgreSQL, the values of a row
+            said = str(getattr(error, "orig", None) or error).strip() or type(error).__name__
+            raise LocalError(f"{self.name}: {said.splitlines()[0]}") from error
 
 
 def upsert(

@@ -74,11 +74,15 @@ class RuleSets(Database):
         ConfigError
             There is no such version.
         """
-        column = rule_set.c.written if written else rule_set.c.text
-        with self._reading() as connection:
-            text = connection.scalar(sa.select(column).where(rule_set.c.version == version))
+        newest = self.newest_rule_version()
+        text = None
+        if 1 <= version <= newest:  # a database takes no larger number
+            column = rule_set.c.written if written else rule_set.c.text
+            with self._reading() as connection:
+                text = connection.scalar(sa.select(column).where(rule_set.c.version == version))
         if text is None:
-            raise ConfigError("rules", "version", version, f"a version from 1 to {self.newest_rule_version()}")
+            expected = f"a version from 1 to {newest}" if newest else "rules in force; there were none yet"
+            raise ConfigError("rules", "version", version, expected)
         return str(text)
 
     def rule_set_history(self) -> list[dict[str, Any]]:

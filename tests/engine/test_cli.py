@@ -8,6 +8,7 @@ import SimpleITK as sitk  # noqa: N813 — the name its users know
 from engine import bodies
 
 from registration_engine.cli import main
+from registration_engine.errors import InvalidVolumeError
 from registration_engine.files import read_field, read_volume, write_field, write_volume
 from registration_engine.volume import DisplacementField
 
@@ -86,8 +87,10 @@ def _image_of(kind: str) -> sitk.Image:
         return sitk.Image([8, 8, 8], sitk.sitkVectorUInt8, 3)
     if kind == "a constant":
         return sitk.Image([8, 8, 8], sitk.sitkFloat32)
-    image = sitk.Image([8, 8, 8], sitk.sitkFloat32)
-    image[2, 2, 2] = float("nan")
+    image = sitk.Image([8, 8, 8], sitk.sitkFloat64)
+    image[2, 2, 2] = {"a NaN": float("nan"), "a value too large": 1e30, "a value no float32 holds": 1e300}.get(kind, 1)
+    if kind == "a voxel as large as a planet":
+        image.SetSpacing((1e9, 1, 1))
     return image
 
 
@@ -98,6 +101,9 @@ def _image_of(kind: str) -> sitk.Image:
         ("colours", "got 3 values per voxel, expected a scalar image"),
         ("a constant", "every voxel has the value 0"),
         ("a NaN", "1 of 512 voxels are NaN"),
+        ("a value too large", "expected within 1e+18"),
+        ("a value no float32 holds", "1 of 512 voxels are NaN or infinite"),
+        ("a voxel as large as a planet", "expected all within 1000000 mm"),
     ],
 )
 def test_bad_input_ends_with_status_2_and_one_line(kind, reason, pair, tmp_path, capsys):
@@ -110,6 +116,38 @@ def test_bad_input_ends_with_status_2_and_one_line(kind, reason, pair, tmp_path,
     assert reason in told.err
     assert told.err.count("\n") == 1
     assert told.out == ""
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".mha", ".nrrd"])
+def test_a_file_cut_short_is_refused_and_never_filled_up(suffix, tmp_path):
+    image = sitk.GetImageFromArray(np.random.default_rng(0).normal(size=(9, 10, 11)).astype(np.float32))
+    sitk.WriteImage(image, str(tmp_path / f"whole{suffix}"))
+    whole = (tmp_path / f"whole{suffix}").read_bytes()
+    (tmp_path / f"cut{suffix}").write_bytes(whole[: len(whole) * 2 // 3])
+
+    read_volume(tmp_path / f"whole{suffix}")
+    with pytest.raises(InvalidVolumeError, match=f"cut{suffix}: c"):
+        read_volume(tmp_path / f"cut{suffix}")
+
+
+def test_where_nothing_can_be_written_no_work_begins(pair, tmp_path, capsys):
+    before = pair[1].read_bytes()
+    for bad, reason in (
+        (tmp_path / "w.png", "ends with .nii"),
+        (tmp_path / "nowhere" / "w.nii.gz", "a folder that is there"),
+        (tmp_path, "ends with .nii"),
+        (pair[1], "got an input"),
+    ):
+        assert run("register", *pair, "--out-image", bad) == 2
+        assert run("warp", pair[1], "--field", pair[0], "--out", bad) == 2
+        told = capsys.readouterr().err.splitlines()
+        assert [reason in line for line in told] == [True, True], told
+    assert pair[1].read_bytes() == before
+
+
+def test_without_an_output_file_the_measurements_are_printed(pair, capsys):
+    assert run("register", *pair, "--preset", "rigid", "--device", "cpu") == 0
+    assert json.loads(capsys.readouterr().out)["preset"] == "rigid"
 
 
 def test_a_missing_file_and_an_unknown_preset_end_with_status_2(pair, tmp_path, capsys):

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813 — the name its users know
 from engine import bodies
 from PIL import Image
 
@@ -104,11 +105,33 @@ def test_evaluate_of_several_phases_draws_their_uptake(files, tmp_path):
         (("--moving", "moving.nii.gz", "moving.nii.gz", "--field", "field.nii.gz"), "2 moving images and 1 fields"),
         (("--moving", "moving.nii.gz", "--field", "field.nii.gz", "--fixed-labels", "fixed_labels.nii.gz"), "or none"),
         (("--moving", "moving.nii.gz", "--field", "field.nii.gz", "--landmarks", "bad.csv"), "expected fixed_x"),
+        (("--moving", "moving.nii.gz", "--field", "field.nii.gz", "--landmarks", "fixed.nii.gz"), "no table of comma"),
+        (("--moving", "moving.nii.gz", "--field", "field.nii.gz", "--landmarks", "long.csv"), "no table of comma"),
         (("--moving", "fixed.nii.gz", "--field", "fixed.nii.gz"), "expected a field of 3"),
+        (("--moving", "moving.nii.gz", "--field", "huge.mha"), "expected within 1e+06"),
+        (
+            (
+                "--moving",
+                "moving.nii.gz",
+                "--field",
+                "field.nii.gz",
+                "--fixed-labels",
+                "far.mha",
+                "--moving-labels",
+                "far.mha",
+            ),
+            "none of the 2 that both images share reaches the fixed image",
+        ),
     ],
 )
 def test_evaluate_refuses_what_does_not_fit_in_one_line(files, arguments, reason, tmp_path, capsys):
     (files / "bad.csv").write_text("x,y,z\n1,2,3\n")
+    (files / "long.csv").write_text('"' + "x" * 200_000)
+    huge = sitk.GetImageFromArray(np.full((4, 4, 4, 3), 1e30, np.float32), isVector=True)
+    sitk.WriteImage(huge, str(files / "huge.mha"))
+    far = sitk.ReadImage(str(files / "fixed_labels.nii.gz"))
+    far.SetOrigin((9000.0, 0.0, 0.0))
+    sitk.WriteImage(far, str(files / "far.mha"))
     resolved = [a if a.startswith("--") else files / a for a in arguments]
 
     status = run("evaluate", "--fixed", files / "fixed.nii.gz", *resolved, "--out", tmp_path)

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 import registration_engine.presets
-from dicomnode import config
+from dicomnode import config, document, rules
 from dicomnode.config import PRESETS, RESERVED, Config
 from dicomnode.document import MAX_NODES, ConfigProblemsError, parse
 from dicomnode.errors import ConfigError, StudyError
@@ -156,6 +156,12 @@ def test_database_urls_are_completed(tmp_path: Path, url: str, expected: str) ->
         ("limits: {reject_below_free_mb: 4096}", "limits.reject_below_free_mb", 4096, "at most refuse_below_free_mb"),
         ("peers: [{ae_title: A, host: 10.0.0.0/xx}]", "peers[0].host", "10.0.0.0/xx", "a network"),
         ("web: yes please", "web", "yes please", "a mapping"),
+        ("{web: {host: 127.0.0.1, port: 11112}}", "web.port", 11112, "another port than node.port"),
+        ('node: {data_dir: ""}', "node.data_dir", "", "a path"),
+        ('node: {data_dir: "a\\0b"}', "node.data_dir", "a\0b", "a path"),
+        ("node: {data_dir: ~nobody-of-this-name/x}", "node.data_dir", "~nobody-of-this-name/x", "a user of this"),
+        ('database: {url: "sqlite:///a\\0b"}', "database.url", "sqlite:///a\0b", "sqlite:///FILE"),
+        ("database: {url: 'postgresql+psycopg://u@h:x/d'}", "database.url", "postgresql+psycopg://u@h:x/d", ":PORT/"),
     ],
 )
 def test_a_mistake_is_named_by_key_got_and_expected(
@@ -166,6 +172,22 @@ def test_a_mistake_is_named_by_key_got_and_expected(
     assert problem.file == f"{tmp_path / 'node.yaml'}:1"
     assert (problem.key, problem.got) == (key, got)
     assert expected in problem.expected
+
+
+def test_what_is_no_file_of_reasonable_size_is_refused_unread(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "large").write_text("#" * (document.MAX_BYTES + 1))
+    (tmp_path / "binary").write_bytes(b"node: \xff")
+    for name, reason in (
+        ("fifo", "a folder or device"),
+        (".", "a folder or device"),
+        ("large", "4194304 bytes at most"),
+        ("binary", "byte 0xff at 6"),
+        ("absent", "No such file"),
+    ):
+        for load in (config.load, rules.load):
+            with pytest.raises(ConfigError, match=reason):
+                load(tmp_path / name)
 
 
 def test_every_mistake_of_a_file_is_told_at_once_each_with_its_line(tmp_path: Path) -> None:

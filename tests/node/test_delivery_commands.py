@@ -82,10 +82,15 @@ def test_a_destination_that_is_held_gets_nothing_that_comes_later_either(outbox:
         (["hold"], "a job, or --destination"),
         (["hold", "--destination", "pasc"], "a destination of the configuration (pacs)"),
         (["release", "no-such-job"], "the id of one job"),
+        (["reject", ""], "the id of one job"),
+        (["export", "", "--out", "x"], "the id of one job"),
+        (["reproduce", "{job}", "--out", "x", "--device", "gpu"], "cuda:N"),
+        (["export", "{job}", "--out", "/dev/null/x"], "a folder that is not there yet and can be made"),
     ],
 )
 def test_a_call_that_names_nothing_or_nobody_is_refused(
     outbox: Outbox, arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert dicomnode(outbox, *arguments) == 2
+    outbox.put(make_dataset(1))
+    assert dicomnode(outbox, *(each.format(job=outbox.job_id) for each in arguments)) == 2
     assert expected in capsys.readouterr().err

@@ -13,7 +13,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from dicomnode.errors import LocalError
-from dicomnode.index import Added, Attempt, Index, Which
+from dicomnode.index import Added, Attempt, Index, Which, open_index
 from dicomnode.index.tables import METADATA
 from dicomnode.model import (
     Ambiguity,
@@ -484,5 +484,22 @@ def test_our_own_products_coming_back_are_known_by_their_uids(index: Index) -> N
 def test_trouble_with_the_database_is_a_local_error(tmp_path: Path) -> None:
     missing = Index(f"sqlite:///{tmp_path}/no/such/folder/node.db")
 
-    with pytest.raises(LocalError, match="database"):
+    with pytest.raises(LocalError, match=r"database .*/no/such/folder/node\.db: "):
         missing.migrate()
+
+
+def test_tables_of_another_version_are_named_and_left_alone(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/node.db"
+    made = Index(url)
+    made.migrate("0001")
+    with pytest.raises(LocalError, match=r"node\.db: got tables of revision 0001, expected revision 0"):
+        open_index(url)
+    made.migrate()
+    open_index(url).close()
+    with made.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(LocalError, match="got tables of revision 9999"):
+        open_index(url)
+    with pytest.raises(LocalError, match=r"node\.db: made by another version of dicomnode"):
+        made.migrate()
+    made.close()

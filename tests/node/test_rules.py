@@ -112,11 +112,6 @@ def test_without_a_rules_file_no_rule_is_in_force() -> None:
     assert rules.load(None).rules == ()
 
 
-def test_a_rules_file_that_cannot_be_read_is_a_config_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="readable UTF-8 file"):
-        rules.load(tmp_path / "absent.yaml")
-
-
 def test_the_shipped_example_loads_with_every_rule_enabled() -> None:
     rule_set = rules.load(ROOT / "deploy" / "rules.yaml")
 

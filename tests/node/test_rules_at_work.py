@@ -114,9 +114,10 @@ def test_a_rule_may_only_name_a_destination_that_is_configured(
 def test_a_version_that_never_was_is_named(held: Held, capsys: pytest.CaptureFixture[str]) -> None:
     held.put_rules(RULES)
 
-    run(held, "rules", "rollback", "7", status=2)
-
-    assert "version: got 7, expected a version from 1 to 1" in capsys.readouterr().err
+    for number in (7, 0, -1, 10**30):
+        for command in (["rollback", str(number)], ["export", f"--version={number}"], ["list", f"--version={number}"]):
+            run(held, "rules", *command, status=2)
+            assert f"version: got {number}, expected a version from 1 to 1" in capsys.readouterr().err
 
 
 def test_a_start_with_the_same_file_leaves_imported_rules_in_force_and_a_changed_file_does_not(held: Held) -> None:

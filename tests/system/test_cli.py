@@ -36,6 +36,7 @@ def test_check_accepts_the_shipped_example() -> None:
         ("destinations: [{name: a, ae_title: B, host: c}]", "destinations[0].port"),
         ("node: [", "node.yaml"),
         ("tls: {}", "tls"),
+        ("tls: {certificate: no.pem, key: no.key, client_ca: no.pem}", "no.pem with key"),
     ],
 )
 def test_check_refuses_with_file_key_got_and_expected_and_exits_with_2(
@@ -80,6 +81,7 @@ def test_without_a_configuration_the_node_serves_from_its_defaults(tmp_path: Pat
     try:
         node.start()
         status = json.loads(node.command("status", "--json").stdout)
+        second = node.command("serve")
         stopped = node.stop()
     finally:
         node.kill()
@@ -87,8 +89,21 @@ def test_without_a_configuration_the_node_serves_from_its_defaults(tmp_path: Pat
     assert status.pop("journal") == [{"not_yet_indexed": 0, "oldest": None}]
     assert {"studies", "series", "jobs", "deliveries", "quarantine", "associations", "commitments"} <= status.keys()
     assert not any(status.values())
+    assert (second.returncode, "node.lock: another live node holds it" in second.stderr) == (1, True)
     assert stopped == 0
     assert "worker stopped" in node.logged()
+
+
+def test_the_demo_replaces_nothing_but_a_former_demo(tmp_path: Path) -> None:
+    (tmp_path / "dicomnode-data").mkdir()
+    (tmp_path / "dicomnode-data" / "node.db").write_text("precious")
+
+    for folder in (tmp_path, tmp_path / "dicomnode-data" / "node.db"):
+        done = dicomnode("demo", "--out", str(folder))
+        assert (done.returncode, done.stderr) == (1, "")
+        assert f"FAILED: {folder}: " in done.stdout
+
+    assert (tmp_path / "dicomnode-data" / "node.db").read_text() == "precious"
 
 
 def test_a_port_that_is_taken_is_named_and_nothing_is_left_running(tmp_path: Path) -> None:
