@@ -14,7 +14,7 @@ from dicomnode import completion, pairing, rules, trace, volumes
 from dicomnode.archive import Archive
 from dicomnode.derived import Subject, study_date
 from dicomnode.errors import ConfigError, IncompleteSeriesError, LocalError, StudyError, stack
-from dicomnode.index import NOT_LOOKED_AT, Enqueue, Index
+from dicomnode.index import NOT_LOOKED_AT, TOLERANCE, Enqueue, Index
 from dicomnode.model import Promise, SeriesActivity, SeriesState, VolumeRef
 from dicomnode.remotes import Source
 from dicomnode.rule import Rule
@@ -82,11 +82,13 @@ class Scheduler:
         self._enqueue = enqueue
         self._waiting: dict[str, tuple[tuple[int, datetime], datetime]] = {}
         self._noted: dict[str, str] = {}
+        self._last_tick: datetime | None = None
         since = datetime.now(UTC) - LOOK_BACK
         self._look_at: dict[Patient, datetime | None] = dict.fromkeys(index.patients_to_pair(since=since))
 
     def tick(self, now: datetime) -> None:
         """Do all that is due at `now`."""
+        self._follow_clock(now)
         self._follow_rules(now)
         self._settle_late(now)
         activities = self._index.activities()
@@ -102,6 +104,15 @@ class Scheduler:
             if at is None or at <= now:
                 self._pair_or_say_why(patient, now)
         self._release_held(now)
+
+    def _follow_clock(self, now: datetime) -> None:
+        """Where the machine's clock was set back, wait for no time that was ahead of it."""
+        former, self._last_tick = self._last_tick, now
+        if self._index.is_ahead_of(now) if former is None else now < former - TOLERANCE:
+            log.warning("the clock was set back: what waits for a time that lies ahead is due")
+            self._index.clock_was_set_back(now=now)
+            self._waiting.clear()
+            self._look_at = dict.fromkeys(self._look_at)
 
     def _follow_priors(self, activities: Sequence[SeriesActivity], now: datetime) -> None:
         """Ask for what new examinations will need, and look again where what was asked for has come."""

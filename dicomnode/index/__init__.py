@@ -10,12 +10,14 @@ Law: every method is one transaction; database trouble leaves as LocalError; row
     rule_sets    every version of the rules      decisions            traces and work items
     priors       what PACS sources are asked for
     journal      sealed, not yet indexed; aside  commitments          storage commitment requests
+    clock        times that lie ahead once the clock was set back
     jobs         stages, verdicts, products      deliveries           the ledger        status   all of it, to read
 """
 
 from pathlib import Path
 
 from dicomnode.errors import LocalError
+from dicomnode.index.clock import TOLERANCE, Clock
 from dicomnode.index.commitment_requests import CommitmentRequests, Denial, Reference
 from dicomnode.index.commitments import Commitments
 from dicomnode.index.database import create_engine
@@ -36,6 +38,7 @@ __all__ = [
     "NOTE",
     "NOT_LOOKED_AT",
     "SUPERSEDED",
+    "TOLERANCE",
     "Added",
     "AssociationRecord",
     "Attempt",
@@ -52,7 +55,7 @@ __all__ = [
 ]
 
 
-class Index(Journal, Late, RuleSets, Reruns, Priors, Jobs, Deliveries, CommitmentRequests, Commitments, Status):
+class Index(Journal, Late, RuleSets, Reruns, Priors, Jobs, Deliveries, CommitmentRequests, Commitments, Clock, Status):
     """What the node knows of patients, studies, series, instances, pairs, jobs, products and deliveries."""
 
 

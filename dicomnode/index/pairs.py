@@ -57,7 +57,7 @@ class Pairs(Decisions):
     def volumes_of(self, patient_id: str, issuer_of_patient_id: str) -> list[VolumeRef]:
         """The volumes of a patient's complete series, the node's own output left out."""
         query = (
-            sa.select(volume.c.facts, series.c.is_fetched)
+            sa.select(volume.c.facts, series.c.is_fetched, series.c.complete_at)
             .join(series, volume.c.series_id == series.c.id)
             .join(patient, series.c.patient_id == patient.c.id)
             .where(
@@ -69,7 +69,7 @@ class Pairs(Decisions):
             .order_by(series.c.id, volume.c.number)
         )
         with self._reading() as connection:
-            return [_volume_ref(facts, is_fetched) for facts, is_fetched in connection.execute(query)]
+            return [_volume_ref(*row) for row in connection.execute(query)]
 
     def reasons_of(self, patient_id: str, issuer_of_patient_id: str) -> dict[str, str]:
         """Why a patient's series are none that `volumes_of` gives, by Series Instance UID."""
@@ -280,9 +280,10 @@ class Pairs(Decisions):
                 enqueue(connection, job_id, due)
 
 
-def _volume_ref(facts: Mapping[str, Any], is_fetched: bool) -> VolumeRef:
+def _volume_ref(facts: Mapping[str, Any], is_fetched: bool, complete_at: datetime) -> VolumeRef:
+    """`complete_at` is earlier than what the volume says of its last instance where the clock was set back since."""
     values = {**facts, "is_fetched": is_fetched}
-    values["last_received_at"] = datetime.fromisoformat(values["last_received_at"])
+    values["last_received_at"] = min(datetime.fromisoformat(values["last_received_at"]), complete_at)
     values["shape"] = tuple(values["shape"])
     values["affine"] = tuple(values["affine"])
     return VolumeRef(**values)

@@ -385,6 +385,25 @@ def test_a_delivered_instance_is_never_due_again_and_a_delayed_one_when_its_time
     assert (due.id, due.attempts, due.status, due.reason) == (dsr.id, 1, 0xA700, "full")
 
 
+def test_once_the_clock_was_set_back_nothing_waits_for_a_time_that_lies_ahead(index: Index) -> None:
+    job_id = make_job(index)
+    index.add_products([Product(job_id, "sro", stored("2.1")), Product(job_id, "dsr", stored("2.2"))])
+    index.enqueue_deliveries(job_id, ["pacs"], now=NOW)
+    sro, dsr = index.due_deliveries("pacs", now=NOW, limit=9)
+    sent = Attempt(sro.id, DeliveryState.DELIVERED, 0, "", None, NOW)
+    index.record_attempts([sent, Attempt(dsr.id, DeliveryState.WAITING, 0xA700, "full", LATER, NOW)])
+    receive(index, "1.4")
+    before = NOW - timedelta(days=1)
+    assert not index.is_ahead_of(NOW)
+    assert index.is_ahead_of(before)
+
+    index.clock_was_set_back(now=before)
+
+    assert not index.is_ahead_of(before)
+    assert {each.last_received_at for each in index.activities()} == {before}
+    assert [each.id for each in index.due_deliveries("pacs", now=before, limit=9)] == [dsr.id]
+
+
 def test_what_waits_for_a_person_is_not_due_before_it_is_released(index: Index) -> None:
     job_id = make_job(index)
     index.add_products([Product(job_id, "sro", stored("2.1")), Product(job_id, "dsr", stored("2.2"))])

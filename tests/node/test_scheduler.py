@@ -304,3 +304,28 @@ def test_a_source_that_is_down_holds_nothing_up(tmp_path: Path) -> None:
     assert node.states() == ["unpaired"]
     counts.stop()
     node.index.close()
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_clock_that_is_set_back_keeps_nobody_waiting_and_late_instances_are_late(
+    node: Node, *, restarted: bool
+) -> None:
+    native, arterial = phantoms.make_pair(shape=(6, 8, 8))
+    node.receive(native)
+    node.receive(arterial[:3])
+    node.after(1)
+    node.now -= timedelta(days=1)
+    if restarted:
+        node.restart()
+    node.after(1)
+    node.receive(arterial[3:5])
+    node.after(31)
+    node.after(1)
+    assert node.states() == ["paired", "paired"]
+    assert len(node.jobs) == 1
+
+    node.receive(arterial[5:])
+    node.after(1)
+    node.after(31)
+    node.after(1)
+    assert len(node.jobs) == 2
