@@ -203,7 +203,9 @@ def _web_servers(config: Config, peers: tuple[Peer, ...], intake: Intake) -> lis
     )
     tls = None if config.tls is None else _tls_context(config.tls)
     most = config.limits.max_associations
-    return [WebServer(app, config.web.host, config.web.port, max_connections=most, tls=tls)]
+    head_s = config.limits.artim_timeout_s
+    address = config.web.host, config.web.port
+    return [WebServer(app, *address, max_connections=most, head_timeout_s=head_s, tls=tls)]
 
 
 def _tls_context(tls: TlsSection) -> ssl.SSLContext:

@@ -16,6 +16,7 @@ import uvicorn
 from anyio import to_thread
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dicomnode.errors import LocalError
 from dicomnode.intake import Intake, is_too_slow
@@ -85,6 +86,40 @@ async def _next(body: object, silence_s: float) -> bytes:
             return chunk
 
 
+class _Protocol(H11Protocol):
+    """HTTP/1.1 that waits for the whole head of a request no longer than this.
+
+    The server underneath waits for ever, and counts such connections: a few of them would shut the door for all.
+    """
+
+    head_timeout_s = 15.0
+    _head_due: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as its base has it
+        super().connection_made(transport)
+        self._follow_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._follow_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _follow_head(self) -> None:
+        """The time runs while no request is in hand, and not anew with each byte of its head."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_waiting()
+        elif self._head_due is None:
+            self._head_due = self.loop.call_later(self.head_timeout_s, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._head_due is not None:
+            self._head_due.cancel()
+            self._head_due = None
+
+
 class WebServer:
     """Serves an application from a thread of its own.
 
@@ -92,18 +127,28 @@ class WebServer:
     ----------
     max_connections
         Above it, requests are answered with 503.
+    head_timeout_s
+        A connection on which no whole request has begun for so long is closed.
     tls
         Server side context; None: not encrypted.
     """
 
     def __init__(
-        self, app: FastAPI, host: str, port: int, *, max_connections: int, tls: ssl.SSLContext | None = None
+        self,
+        app: FastAPI,
+        host: str,
+        port: int,
+        *,
+        max_connections: int,
+        head_timeout_s: float = _Protocol.head_timeout_s,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._address = f"{host}:{port}"
         config = uvicorn.Config(
             app,
             host,
             port,
+            http=type("Protocol", (_Protocol,), {"head_timeout_s": head_timeout_s}),
             log_config=None,
             access_log=False,
             server_header=False,

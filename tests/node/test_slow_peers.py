@@ -129,3 +129,24 @@ def test_a_request_by_http_that_drips_is_cut_off(intake: Intake) -> None:
             assert b" 408 " in answer
     finally:
         web.stop()
+
+
+def test_who_connects_by_http_and_asks_nothing_does_not_shut_the_door(intake: Intake) -> None:
+    app = application(intake, called_ae_title="NODE", is_admitted=lambda _: True, silence_s=TIMEOUT_S)
+    port = free_port()
+    web = WebServer(app, "127.0.0.1", port, max_connections=3, head_timeout_s=TIMEOUT_S)
+    web.start()
+    ask = b"POST /dicom-web/studies HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    try:
+        silent, dripping = (socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(2))
+        with silent, dripping:
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as peer:
+                peer.sendall(ask)
+                assert b" 503 " in b"".join(iter(lambda: peer.recv(1000), b""))
+            drip(dripping, bytes_of(b"POST / HTTP/1.1\r\nX: " + AN_HOUR))
+            assert [silent.recv(1000), dripping.recv(1000)] == [b"", b""]
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as peer:
+                peer.sendall(ask)
+                assert b" 415 " in b"".join(iter(lambda: peer.recv(1000), b""))
+    finally:
+        web.stop()
