@@ -9,9 +9,9 @@ each that may be fixed is compared with each that may be moving.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -111,7 +111,9 @@ def measure(rule_count: int, patients: int, volumes_of: Callable[[int], list[Vol
 
 def main() -> None:
     """Print the table."""
-    studies = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("studies", type=int, nargs="?", default=1000, help="of 12 series each (default: 1000)")
+    studies = parser.parse_args().studies
     median, largest, pairs = measure(50, studies, lambda number: study(number, 12))
     print(f"{studies} studies × 12 series × 50 rules: median {median:.1f} ms, largest {largest:.1f} ms, {pairs} pairs")
     in_force, volumes = rule_set(50), study(0, 12)

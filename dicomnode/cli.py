@@ -1,7 +1,4 @@
-"""The command line: the one room that wires the others together. Nothing imports it.
-
-Exit status: 0 done; 1 could not be done now (port, disk, database); 2 the configuration or the call is wrong.
-"""
+"""The command line: the one room that wires the others together. Nothing imports it."""
 
 from __future__ import annotations
 
@@ -14,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,12 @@ from dicomnode import jobs_parser, rules_parser
 from dicomnode.errors import ConfigError, LocalError, NodeError
 
 log = logging.getLogger("dicomnode")
+
+DESCRIPTION = """
+A DICOM node that pairs the series of a study by rules, registers them, and sends the results to the PACS.
+Exit status: 0 done; 1 not done, or not all of it (port, disk, database; nothing to send, files left out, other
+results); 2 the configuration or the call is wrong.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dicomnode", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="dicomnode", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"dicomnode {metadata.version('dicomnode')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -72,11 +77,17 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--schema", action="store_true", help="print the JSON Schema of the configuration")
     status = command("status", _status, "show studies, series, jobs and deliveries, with reasons")
     config_option(status)
-    status.add_argument("--json", action="store_true", help="print JSON")
+    status.add_argument("--json", action="store_true", help="print JSON, with each job's report")
     rules_parser.add_commands(commands)
     jobs_parser.add_commands(commands)
     demo = command("demo", _demo, "run the whole line on a generated study, against a stand-in PACS")
-    demo.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="folder for what it makes")
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo-out"),
+        metavar="DIR",
+        help="folder for what it makes: new, empty, or a former demo's (default: demo-out)",
+    )
     return parser
 
 
@@ -210,7 +221,8 @@ def _status(arguments: argparse.Namespace) -> int:
         for name, rows in status.items():
             print(f"{name}: {len(rows)}")
             for row in rows:
-                print("  " + "  ".join(f"{key}={value}" for key, value in row.items() if value not in ("", None, {})))
+                told = {key: value for key, value in row.items() if value not in ("", None)}
+                print("  " + "  ".join(f"{key}={value}" for key, value in told.items() if not isinstance(value, dict)))
     return 0
 
 

@@ -44,7 +44,7 @@ def _add_delivery_commands(commands: Any) -> None:
 
     again = command(
         "resend",
-        "send at once what has failed or waits for its next attempt",
+        "send at once what has failed or waits for its next attempt: of a job, an instance, or to a destination",
         "what this job made; id or its beginning",
     )
     again.add_argument("--instance", metavar="UID", help="the instance of this SOP Instance UID alone")
@@ -52,6 +52,7 @@ def _add_delivery_commands(commands: Any) -> None:
     whole = "what this job made; without it, everything to the destination, now and from now on"
     hold = command("hold", "send nothing more of a job, or to a destination, until `release`", whole)
     hold.add_argument("--reason", metavar="TEXT", default="held by a person", help="shown by `status`")
+    whole = "what this job made; without it, whatever `hold --destination` holds"
     command("release", "send what `hold` has held, or what waits for approval", whole)
 
 

@@ -24,10 +24,10 @@ def add_commands(commands: Subparsers) -> None:
     parent = group.add_subparsers(required=True, metavar="ACTION")
     command(
         parent, "check", "check_file", "check a file of rules; exit status 0, or 2 with every mistake"
-    ).add_argument("file", type=Path)
+    ).add_argument("file", type=Path, help="YAML, see docs/rules.md")
     put = command(parent, "import", "import_file", "put a file of rules in force, without a restart")
-    put.add_argument("file", type=Path)
-    put.add_argument("--comment", default="", help="why, for the history")
+    put.add_argument("file", type=Path, help="YAML, see docs/rules.md")
+    put.add_argument("--comment", metavar="TEXT", default="", help="why, for the history")
     for name, run, text in (
         ("export", "export", "print rules as they were written"),
         ("list", "list_rules", "list the rules of a version"),
@@ -37,11 +37,11 @@ def add_commands(commands: Subparsers) -> None:
         )
     command(parent, "history", "history", "list every version that was in force")
     diff = command(parent, "diff", "diff", "what changed between two versions")
-    diff.add_argument("old", type=int, nargs="?", help="without it, the version before the one in force")
-    diff.add_argument("new", type=int, nargs="?", help="without it, the one in force")
+    diff.add_argument("old", type=int, nargs="?", help="a version; without it, the version before the one in force")
+    diff.add_argument("new", type=int, nargs="?", help="a version; without it, the one in force")
     back = command(parent, "rollback", "rollback", "put an earlier version in force again, as a new version")
-    back.add_argument("version", type=int)
-    back.add_argument("--comment", default="", help="why, for the history")
+    back.add_argument("version", type=int, help="its number; `rules history` lists them")
+    back.add_argument("--comment", metavar="TEXT", default="", help="why, for the history")
     test = command(parent, "test", "test", "tell which pairs rules would make, with every condition; changes nothing")
     test.add_argument("--rules", type=Path, metavar="F", help="file of rules; without it, those in force")
     which = test.add_mutually_exclusive_group()

@@ -1,6 +1,6 @@
 """`registration-engine`: register image files, warp one through a field, judge what was found.
 
-Exit status: 0 done, 2 bad input, 3 no plausible result. One line on stderr says why.
+One line on stderr says why something could not be done.
 """
 
 from __future__ import annotations
@@ -204,7 +204,9 @@ _COMMANDS = {
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="registration-engine", description="Register medical volumes (NIfTI, MetaImage, NRRD)."
+        prog="registration-engine",
+        description="Register medical volumes (NIfTI, MetaImage, NRRD). Exit status: 0 done; 1 not enough memory; "
+        "2 bad input; 3 no plausible result; 4 a training has steps left.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     training_cli.add_commands(commands)
@@ -217,15 +219,17 @@ def _parser() -> argparse.ArgumentParser:
     register_.add_argument("--out-field", type=Path, help="total displacement on the fixed grid, LPS mm")
     register_.add_argument("--report", type=Path, help="measurements, as JSON; printed where no file is asked for")
     register_.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    register_.add_argument("--seed", type=int, default=0)
+    register_.add_argument("--seed", type=int, default=0, help="of what is drawn at random (default: 0)")
     register_.add_argument("--fixed-mask", type=Path, help="only fixed voxels where this is above 0 count")
     register_.add_argument("--moving-mask", type=Path, help="the same for the moving image")
 
     warp_ = commands.add_parser("warp", help="resample an image through a field, onto the field's grid")
-    warp_.add_argument("image", type=Path)
-    warp_.add_argument("--field", type=Path, required=True)
-    warp_.add_argument("--out", type=Path, required=True)
-    warp_.add_argument("--interpolation", choices=("linear", "nearest"), default="linear")
+    warp_.add_argument("image", type=Path, help="in the field's moving space")
+    warp_.add_argument("--field", type=Path, required=True, help="total displacement, LPS mm, as `register` writes it")
+    warp_.add_argument("--out", type=Path, required=True, help="the image on the field's grid")
+    warp_.add_argument(
+        "--interpolation", choices=("linear", "nearest"), default="linear", help="nearest for labels (default: linear)"
+    )
     warp_.add_argument("--outside", type=_finite, default=0.0, help="value outside the image (default: 0)")
 
     series = commands.add_parser("register-4d", help="register every phase of a dynamic series to one of them")
@@ -235,17 +239,17 @@ def _parser() -> argparse.ArgumentParser:
     series.add_argument("--region", type=Path, help="uptake is measured where this is above 0 (default: the body)")
     series.add_argument("--preset", default="balanced", help=f"{', '.join(PRESETS)} (default: balanced)")
     series.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    series.add_argument("--seed", type=int, default=0)
+    series.add_argument("--seed", type=int, default=0, help="of what is drawn at random (default: 0)")
 
     evaluate_ = commands.add_parser("evaluate", help="measure and picture a registration, whoever made it")
-    evaluate_.add_argument("--fixed", type=Path, required=True)
+    evaluate_.add_argument("--fixed", type=Path, required=True, help="the image that was registered to")
     evaluate_.add_argument("--moving", type=Path, required=True, nargs="+", help="several: the phases of a series")
     evaluate_.add_argument(
         "--field", type=Path, required=True, nargs="+", help="total displacement, one per moving image"
     )
     evaluate_.add_argument("--out", type=Path, required=True, help="folder for evaluation.json, table.csv and pictures")
-    evaluate_.add_argument("--fixed-labels", type=Path)
-    evaluate_.add_argument("--moving-labels", type=Path)
+    evaluate_.add_argument("--fixed-labels", type=Path, help="whole numbers above 0, for overlap and distance")
+    evaluate_.add_argument("--moving-labels", type=Path, help="the same for the moving image, with the same numbers")
     evaluate_.add_argument(
         "--landmarks", type=Path, help="CSV: fixed_x,fixed_y,fixed_z,moving_x,moving_y,moving_z; LPS mm"
     )

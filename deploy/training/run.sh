@@ -3,7 +3,7 @@
 #   sh deploy/training/run.sh paper|short|cpu [SECONDS] [PYTHON]
 # SECONDS is how long one piece may take (default 540). Needs torch, numpy and safetensors alone.
 set -eu
-schedule=$1 limit=${2:-540} python=${3:-python3}
+schedule=${1:?expected paper, short or cpu} limit=${2:-540} python=${3:-python3}
 ends=$(($(date +%s) + limit))
 for stage in teacher student; do
     [ "$stage" = teacher ] && command=train || command=distill
