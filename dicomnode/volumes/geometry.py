@@ -29,6 +29,7 @@ from dicomnode.volumes.frames import Frame, single_frame_class
 from dicomnode.volumes.pixels import rescale
 from dicomnode.volumes.reading import name, numbers, text
 from registration_engine import Grid
+from registration_engine.errors import InvalidVolumeError
 
 ORIENTATION_TOLERANCE = 1e-3
 SHEAR_TOLERANCE = 1e-3
@@ -85,7 +86,10 @@ def geometry(datasets: Sequence[Dataset]) -> Stack:
             coordinate_system="PATIENT",
         )
     slices, rows, columns = placed.spatial_shape
-    return Stack(tuple(ordered), Grid((slices, rows, columns), np.asarray(placed.affine)))
+    try:
+        return Stack(tuple(ordered), Grid((slices, rows, columns), np.asarray(placed.affine)))
+    except InvalidVolumeError as error:  # larger or farther away than any scanner's
+        raise InconsistentGeometryError(f"{name(datasets)}: {error}") from None
 
 
 def left_out_because(dataset: Dataset) -> str:

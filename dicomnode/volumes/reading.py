@@ -21,6 +21,9 @@ from dicomnode.volumes.frames import frames_of, shown_uid
 SOFTWARE_NAME = "dicomnode"
 """What our objects name as Manufacturer's Model Name in the Contributing Equipment Sequence; the loop guard."""
 
+LARGEST_NUMBER = 1e6
+"""Of a position, a spacing (mm) or a rescale; beyond it lies only damage."""
+
 LARGE_BYTES = 2**16
 """A private element beyond this is bulk data."""
 
@@ -78,10 +81,10 @@ def numbers(dataset: Dataset, keyword: str, count: int) -> npt.NDArray[np.float6
         found = np.atleast_1d(np.asarray(dataset.get(keyword), dtype=np.float64))
     except (TypeError, ValueError):
         found = np.empty(0)
-    if found.shape != (count,) or not np.isfinite(found).all() or np.abs(found).max() > 1e6:
+    if found.shape != (count,) or not np.isfinite(found).all() or np.abs(found).max() > LARGEST_NUMBER:
         raise InconsistentGeometryError(
             f"{name([dataset])}: {keyword} is {text(dataset, keyword)[:80] or 'absent'}, "
-            f"expected {count} finite number{'s' if count > 1 else ''}"
+            f"expected {count} finite number{'s' if count > 1 else ''} up to {LARGEST_NUMBER:.0f}"
         )
     return found
 

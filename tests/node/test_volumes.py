@@ -124,6 +124,12 @@ def tilt(series: list[Dataset]) -> list[Dataset]:
     return series
 
 
+def widen(series: list[Dataset]) -> list[Dataset]:
+    for dataset in series:
+        dataset.PixelSpacing = [900_000, 1]
+    return series
+
+
 @pytest.mark.parametrize(
     ("broken", "error", "figure"),
     [
@@ -154,7 +160,8 @@ def tilt(series: list[Dataset]) -> list[Dataset]:
         (drop("ImageOrientationPatient"), InconsistentGeometryError, "ImageOrientationPatient is absent"),
         (drop("PixelSpacing"), InconsistentGeometryError, "PixelSpacing is absent"),
         (drop("Rows"), InconsistentGeometryError, "Rows is absent"),
-        (change(3, ImagePositionPatient=["1e300", 0, 0]), InconsistentGeometryError, "3 finite numbers"),
+        (change(3, ImagePositionPatient=["1e300", 0, 0]), InconsistentGeometryError, "3 finite numbers up to 1000000"),
+        (widen, InconsistentGeometryError, "expected all within 1000000 mm"),
         (change(3, ImagePositionPatient=[1, 2]), InconsistentGeometryError, "3 finite numbers"),
         (change(3, ImageOrientationPatient=[0] * 6), InconsistentGeometryError, "different directions"),
     ],
