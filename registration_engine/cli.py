@@ -99,9 +99,13 @@ def _warp(options: argparse.Namespace) -> int:
 def _register_4d(options: argparse.Namespace) -> int:
     phases = VolumeFiles(options.phases)
     middle = reference_number(options.reference, len(phases))
+    options.out.mkdir(parents=True, exist_ok=True)
+    names = [f"phase_{number:0{len(str(len(phases) - 1))}d}" for number in range(len(phases))]
+    for name in names:
+        for file in (f"{name}.nii.gz", f"{name}_field.nii.gz"):
+            require_writable(options.out / file, options.phases)
     fixed = phases[middle]
     region = _region(fixed, options.region)
-    options.out.mkdir(parents=True, exist_ok=True)
     before = [region_mean(phase, fixed.grid, region) for phase in phases]
     after, reports, failed = [float("nan")] * len(phases), dict[str, Any](), 0
     after[middle] = before[middle]
@@ -115,7 +119,7 @@ def _register_4d(options: argparse.Namespace) -> int:
         progress=_tell_stage,
     )
     for phase in found:
-        name = f"phase_{phase.number:0{len(str(len(phases) - 1))}d}"
+        name = names[phase.number]
         if phase.registration is None:
             reports[name] = {"error": str(phase.error)}
             failed += 1

@@ -141,6 +141,17 @@ def test_evaluate_refuses_what_does_not_fit_in_one_line(files, arguments, reason
     assert reason in error
 
 
+def test_register_4d_replaces_no_phase_that_it_reads(files, tmp_path, capsys):
+    before = (files / "moving.nii.gz").read_bytes()
+    phases = [tmp_path / f"phase_{number}.nii.gz" for number in range(2)]
+    for phase in phases:
+        phase.write_bytes(before)
+
+    assert run("register-4d", *phases, "--out", tmp_path) == 2
+    assert "got an input, expected another file" in capsys.readouterr().err
+    assert [phase.read_bytes() == before for phase in phases] == [True, True]
+
+
 def test_register_4d_writes_every_phase_its_field_a_report_and_the_uptake(files, tmp_path, capsys):
     constant = tmp_path / "constant.nii.gz"
     write_volume(constant, Volume(np.ones(GRID.shape), GRID))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,24 @@ def test_without_a_configuration_the_node_serves_from_its_defaults(tmp_path: Pat
     assert (second.returncode, "node.lock: another live node holds it" in second.stderr) == (1, True)
     assert stopped == 0
     assert "worker stopped" in node.logged()
+
+
+def test_names_that_no_terminal_shows_are_told_nevertheless(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Path(os.fsdecode(bytes(folder) + b"/\xff\n.dcm")).write_text("no image")
+    (tmp_path / "rules.yaml").write_text("version: 1\nrules: []")
+    strict = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+
+    def said(*arguments: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "dicomnode", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=strict)
+        return done.returncode, done.stdout + done.stderr
+
+    status, told = said("rules", "test", "--rules", "rules.yaml", "--dicom", "images")
+    assert (status, "\\udcff" in told) == (0, True)
+    status, told = said("import", "images")
+    assert (status, "\\udcff\\n.dcm': not imported: " in told) == (1, True)
 
 
 def test_the_demo_replaces_nothing_but_a_former_demo(tmp_path: Path) -> None:
