@@ -7,7 +7,9 @@ made here is written, fsynced, renamed and its folder fsynced at once (`keep`).
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import mmap
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -28,8 +30,9 @@ IMPLEMENTATION_CLASS_UID = "2.25.230217732564501373792718796497012300702"
 IMPLEMENTATION_VERSION_NAME = "DICOMNODE_0.1"
 """Who wrote a file and who speaks in an association (PS3.7 D.3.3.2); at most 16 characters."""
 
-_PIECE_BYTES = 65536
-_LARGEST_WRITE = 262144  # larger ones take several times as long: the page cache looks for memory in one piece
+_BUFFER_BYTES = 1 << 20
+_HASHED_AT_ONCE = 1 << 17
+_BLOCK_BYTES = 4096  # no disk's block is larger
 
 
 class Archive:
@@ -51,6 +54,7 @@ class Archive:
         self.root = root
         self._incoming = root / "incoming"
         self._spool = Spool(self._incoming)
+        self._buffers: list[mmap.mmap] = []  # one for each instance on its way, to be used again
         instances = root / "instances"
         with local_errors:
             self._incoming.mkdir(parents=True, exist_ok=True)
@@ -72,6 +76,7 @@ class Archive:
         return Incoming(
             path,
             descriptor,
+            self._buffers,
             sop_class_uid=sop_class_uid,
             sop_instance_uid=sop_instance_uid,
             transfer_syntax_uid=transfer_syntax_uid,
@@ -112,13 +117,24 @@ class Archive:
     def recover(self) -> Iterator[tuple[JournalEntry, Source]]:
         """What dead processes have sealed; the rest of what they left is removed, none of it was acknowledged.
 
-        Where a file's content is not what was sealed, the digest is the content's.
+        What fills a last block is cut off, where a process died before it could do so. Where a file's content is not
+        what was sealed, the digest is the content's.
         """
         for path in left_behind(self._incoming):
-            with local_errors, path.open("rb") as file:
+            with local_errors, path.open("r+b") as file:
                 record = JournalRecord.decode(file.read(PREAMBLE_BYTES))
                 assert record is not None
                 meta = _read_file_meta(file)
+                start = file.tell()
+                sealed_bytes = start + record.data_set_bytes
+                size_bytes = os.fstat(file.fileno()).st_size
+                if size_bytes < sealed_bytes:  # its length is durable before the answer: there was none
+                    path.unlink()
+                    continue
+                if size_bytes > sealed_bytes:  # killed before the last block was cut to measure
+                    file.truncate(sealed_bytes)
+                    os.fsync(file.fileno())
+                file.seek(start)
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             entry = JournalEntry(
                 sop_instance_uid=meta.get(0x0003, ""),
@@ -126,7 +142,7 @@ class Archive:
                 transfer_syntax_uid=meta.get(0x0010, ""),
                 path=str(path.relative_to(self.root)),
                 sha256=digest,
-                size_bytes=path.stat().st_size,
+                size_bytes=sealed_bytes,
                 received_at=record.received_at,
                 retrieved_by=record.retrieved_by,
             )
@@ -255,12 +271,27 @@ class Incoming:
     """One instance on its way into the archive, in a temporary file; made by `Archive.receive`.
 
     The file meta information stands in it from the start; `write` takes the data set bytes as they come. They are
-    hashed and written in large pieces, since every system call hands the interpreter to another association and waits
-    to get it back.
+    gathered in memory, hashed in large pieces and written with as few system calls as can be, past the page cache
+    where the file system allows it: every call hands the interpreter to another association and waits to get it back,
+    and what is to be durable at once gains nothing from a copy.
+
+    Parameters
+    ----------
+    descriptor
+        Of an empty file, which may be open with O_DIRECT.
+    buffers
+        Where one not in use is taken from and given back to; each begins at a page, as O_DIRECT wants.
     """
 
     def __init__(
-        self, path: str, descriptor: int, *, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str
+        self,
+        path: str,
+        descriptor: int,
+        buffers: list[mmap.mmap],
+        *,
+        sop_class_uid: str,
+        sop_instance_uid: str,
+        transfer_syntax_uid: str,
     ) -> None:
         self.path = path
         self._descriptor = descriptor
@@ -269,52 +300,59 @@ class Incoming:
         self.sop_instance_uid = sop_instance_uid
         self.transfer_syntax_uid = transfer_syntax_uid
         self.data_set_bytes = 0
-        self._pending = bytearray(_file_meta(sop_class_uid, sop_instance_uid, transfer_syntax_uid))
-        self._meta_bytes = self._hashed = len(self._pending)
-        self._is_begun = False
         self._digest = hashlib.sha256()
+        self._buffers = buffers
+        self._buffer = buffers.pop() if buffers else mmap.mmap(-1, _BUFFER_BYTES)
+        meta = _file_meta(sop_class_uid, sop_instance_uid, transfer_syntax_uid)
+        self._buffer[: len(meta)] = meta
+        self._meta_bytes = self._filled = self._hashed = len(meta)  # the last two in the buffer
+        self._written = 0  # bytes of the file before the buffer's
 
     @property
     def sha256(self) -> str:
         """Of the data set bytes written so far."""
-        with memoryview(self._pending) as pending:
-            self._digest.update(pending[self._hashed :])
-        self._hashed = len(self._pending)
+        self._hash()
         return self._digest.hexdigest()
 
     def write(self, data: bytes | memoryview) -> None:
         """Append data set bytes; LocalError if the disk does not take them."""
         self.data_set_bytes += len(data)
-        if not self._pending and len(data) >= _PIECE_BYTES:
-            self._put(data)
-            return
-        self._pending += data
-        if len(self._pending) >= _PIECE_BYTES:
-            self.flush()
+        at = 0
+        while at < len(data):
+            end = min(len(data), at + _BUFFER_BYTES - self._filled)
+            start, self._filled = self._filled, self._filled + end - at
+            self._buffer[start : self._filled] = data[at:end]
+            at = end
+            if self._filled - self._hashed >= _HASHED_AT_ONCE:
+                self._hash()
+            if self._filled == _BUFFER_BYTES:
+                self.flush()
+                self._written += _BUFFER_BYTES
+                self._filled = self._hashed = 0
 
     def flush(self) -> None:
         """Let others read, at `path`, what was written; LocalError if the disk does not take it."""
-        with memoryview(self._pending) as pending:
-            self._put(pending, hashed=self._hashed)
-        self._pending.clear()
-        self._hashed = 0
-
-    def _put(self, data: bytes | memoryview, *, hashed: int = 0) -> None:
-        self._is_begun = True
-        self._digest.update(data[hashed:])
+        self._hash()
+        size = -(-self._filled // _BLOCK_BYTES) * _BLOCK_BYTES
         at = 0
-        with local_errors:
-            while at < len(data):
-                at += os.write(self._descriptor, data[at : at + _LARGEST_WRITE])
+        with local_errors, memoryview(self._buffer) as buffer:
+            while at < size:
+                at += os.pwrite(self._descriptor, buffer[at:size], self._written + at)
+            if size != self._filled:
+                os.ftruncate(self._descriptor, self._written + self._filled)
 
     def seal(self, record: bytes) -> int:
         """Put the journal record into the preamble, make all of it durable, close; the file's size in bytes."""
-        if self._is_begun:
+        if self._written:
+            self.flush()
             with local_errors:
+                flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+                fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)  # it fills no block
                 os.pwrite(self._descriptor, record, 0)
         else:
-            self._pending[: len(record)] = record
-        size_bytes = self.sync()
+            self._buffer[: len(record)] = record
+            self.flush()
+        size_bytes = self._fsync()
         self._close()
         self._is_sealed = True
         return size_bytes
@@ -322,9 +360,17 @@ class Incoming:
     def sync(self) -> int:
         """Make the content durable and return the file's size in bytes."""
         self.flush()
+        return self._fsync()
+
+    def _fsync(self) -> int:
         with local_errors:
             os.fsync(self._descriptor)
         return self._meta_bytes + self.data_set_bytes
+
+    def _hash(self) -> None:
+        with memoryview(self._buffer) as buffer:
+            self._digest.update(buffer[self._hashed : self._filled])
+        self._hashed = self._filled
 
     def discard(self) -> None:
         """Close the file, and remove it unless it was sealed or kept. May be called twice."""
@@ -338,6 +384,7 @@ class Incoming:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+            self._buffers.append(self._buffer)
 
 
 def _kept_path(entry: JournalEntry) -> str:

@@ -2,8 +2,8 @@
 
 Law: a spool file's 128-byte preamble, which PS3.10 7.1 leaves to the application, carries the journal record: the
 association it came by, when, whose request brought it, its data set's length and digest, sealed with a checksum. It is
-written last, so a file without a valid record was never acknowledged. Names are made durable beforehand, many with one
-fsync of the folder.
+written with the last byte or after it, so a file without a valid record was never acknowledged, nor was one that is
+shorter than its record says. Names are made durable beforehand, many with one fsync of the folder.
 Each process has a folder of its own and holds a lock on it; what a dead process left is found by its free lock.
 """
 
@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import fcntl
 import ipaddress
+import mmap
 import os
 import secrets
+import stat
 import struct
 import threading
 import time
@@ -117,22 +119,29 @@ class Spool:
         self._folder = folder
         self._own: Path | None = None
         self._lock_file = -1
+        self._flags = os.O_RDWR
         self._names: list[str] = []
         self._number = 0
         self._lock = threading.Lock()  # of the names
         self._making = threading.Lock()  # taken before the other
 
     def take(self) -> tuple[str, int]:
-        """An empty file whose name is durable: path and descriptor; LocalError if the disk has no room for it."""
+        """An empty file whose name is durable: path and descriptor, with O_DIRECT where that works.
+
+        Raises
+        ------
+        LocalError
+            The disk has no room for it, or fails.
+        """
         with local_errors:
             path = self._next()
             try:
-                return path, os.open(path, os.O_RDWR)
+                return path, os.open(path, self._flags)
             except FileNotFoundError:  # somebody has taken the folder away
                 with self._lock:
                     self._names.clear()
                 path = self._next()
-                return path, os.open(path, os.O_RDWR)
+                return path, os.open(path, self._flags)
 
     def close(self) -> None:
         """Take away the names that were not needed."""
@@ -168,6 +177,7 @@ class Spool:
             own.mkdir()
             self._lock_file = os.open(own / "lock", os.O_CREAT | os.O_RDWR)
             fcntl.flock(self._lock_file, fcntl.LOCK_EX)
+            self._flags = os.O_RDWR | (os.O_DIRECT if takes_direct_writes(own / "lock") else 0)
             fsync_folder(self._folder)
             self._own = own
         made = []
@@ -175,7 +185,7 @@ class Spool:
             for _ in range(NAMES_AT_ONCE):
                 self._number += 1
                 path = f"{self._own}/{self._number}.part"
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o666))
+                os.mknod(path, 0o666 | stat.S_IFREG)  # EEXIST where it stands; no descriptor to close
                 made.append(path)
             fsync_folder(self._own)
         except OSError:
@@ -220,6 +230,22 @@ def _sealed_of_the_dead(own: Path) -> Iterator[Path]:
     if not any(own.glob("*.part")):
         lock.unlink(missing_ok=True)
         own.rmdir()
+
+
+def takes_direct_writes(path: Path) -> bool:
+    """Whether that file, which is empty and stays so, can be written past the page cache."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_DIRECT)
+    except OSError:  # EINVAL
+        return False
+    try:
+        with mmap.mmap(-1, mmap.PAGESIZE) as page:
+            return os.pwrite(descriptor, page, 0) == mmap.PAGESIZE
+    except OSError:
+        return False
+    finally:
+        os.ftruncate(descriptor, 0)
+        os.close(descriptor)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -78,6 +78,15 @@ class _State(Enum):
     CLOSED = "awaiting the connection's end"
 
 
+_EXPECTED = {
+    _State.IDLE: (ASSOCIATE_RQ, ABORT),
+    _State.DECIDING: (ABORT,),
+    _State.REQUESTED: (ASSOCIATE_AC, ASSOCIATE_RJ, ABORT),
+    _State.OPEN: (P_DATA, RELEASE_RQ, ABORT),
+    _State.RELEASING: (P_DATA, RELEASE_RQ, RELEASE_RP, ABORT),
+}
+
+
 class UpperLayer:
     """One association; its requestor begins with `request`.
 
@@ -229,16 +238,9 @@ class UpperLayer:
             raise ProtocolError("bytes are left over at the end of a P-DATA-TF")
 
     def _check_pdu(self, pdu_type: int, length: int) -> None:
-        expected = {
-            _State.IDLE: (ASSOCIATE_RQ, ABORT),
-            _State.DECIDING: (ABORT,),
-            _State.REQUESTED: (ASSOCIATE_AC, ASSOCIATE_RJ, ABORT),
-            _State.OPEN: (P_DATA, RELEASE_RQ, ABORT),
-            _State.RELEASING: (P_DATA, RELEASE_RQ, RELEASE_RP, ABORT),
-        }[self._state]
         if not ASSOCIATE_RQ <= pdu_type <= ABORT:
             raise ProtocolError(f"unknown PDU type 0x{pdu_type:02X}", ProtocolError.UNRECOGNIZED_PDU)
-        if pdu_type not in expected:
+        if pdu_type not in _EXPECTED[self._state]:
             raise ProtocolError(f"PDU type {pdu_type} while {self._state.value}", ProtocolError.UNEXPECTED_PDU)
         if pdu_type == P_DATA:
             if length > self._max_pdu + PDU_SLACK:

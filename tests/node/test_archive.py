@@ -16,7 +16,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittle
 from dicomnode.archive import Archive, Incoming
 from dicomnode.errors import LocalError
 from dicomnode.model import RetrievedBy
-from dicomnode.spool import JournalRecord, Source
+from dicomnode.spool import JournalRecord, Source, takes_direct_writes
 
 EXPLICIT = str(ExplicitVRLittleEndian)
 
@@ -59,6 +59,44 @@ def test_what_was_written_stands_in_the_kept_file_after_its_meta_information(arc
     assert meta.MediaStorageSOPInstanceUID == instance.sop_instance_uid == "1.2.3"
     assert meta.MediaStorageSOPClassUID == instance.sop_class_uid == CTImageStorage
     assert meta.TransferSyntaxUID == instance.transfer_syntax_uid == ExplicitVRLittleEndian
+
+
+@pytest.mark.parametrize("piece", [131_060, 2**21])
+@pytest.mark.parametrize("size", [0, 4096, 2**20 - 1, 2**20, 2**20 + 1, 2**21 + 4096, 3_000_001])
+def test_an_instance_of_any_length_is_sealed_as_it_came(archive: Archive, size: int, piece: int) -> None:
+    content = os.urandom(size)
+    incoming = receive(archive, b"")
+    for at in range(0, size, piece):
+        incoming.write(content[at : at + piece])
+
+    entry = archive.seal(incoming, Source.new("CT1", "NODE", "10.0.0.7"), now=datetime(2026, 1, 2, tzinfo=UTC))
+
+    path = archive.path_of(entry)
+    assert data_set_of(path) == content
+    assert entry.sha256 == hashlib.sha256(content).hexdigest()
+    assert entry.size_bytes == path.stat().st_size
+    record = JournalRecord.decode(path.read_bytes()[:128])
+    assert record is not None
+    assert (record.sha256, record.data_set_bytes) == (entry.sha256, size)
+
+
+def test_what_cannot_be_written_past_the_page_cache_is_written_through_it(tmp_path: Path) -> None:
+    path = tmp_path / "1.part"
+    incoming = Incoming(
+        str(path),
+        os.open(path, os.O_CREAT | os.O_RDWR),
+        [],
+        sop_class_uid="1",
+        sop_instance_uid="2",
+        transfer_syntax_uid="3",
+    )
+    content = os.urandom(2_000_001)
+    incoming.write(content)
+    incoming.seal(b"record")
+
+    assert not takes_direct_writes(Path("/proc/self/comm"))
+    assert path.read_bytes()[:6] == b"record"
+    assert data_set_of(path) == content
 
 
 def test_keeping_equal_content_twice_is_keeping_it_once(archive: Archive) -> None:
@@ -160,6 +198,51 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert [path.parent.parent.name for path in files(archive)] == ["instances", "instances"]
 
 
+@pytest.mark.parametrize("call", ["ftruncate", "fsync"])
+def test_what_a_killed_process_had_written_and_not_yet_cut_to_measure_is_recovered_whole(
+    archive: Archive, call: str
+) -> None:
+    program = """
+import os, signal, sys
+from datetime import UTC, datetime
+from pathlib import Path
+from dicomnode.archive import Archive
+from dicomnode.spool import Source
+archive = Archive(Path(sys.argv[1]))
+incoming = archive.receive(sop_class_uid="1", sop_instance_uid="2", transfer_syntax_uid="3")
+incoming.write(b"content")
+setattr(os, sys.argv[2], lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+archive.seal(incoming, Source(bytes(16), "CT1", "NODE", "10.0.0.7"), now=datetime.now(UTC))
+"""
+    killed = subprocess.run([sys.executable, "-c", program, archive.root, call], check=False)
+    assert killed.returncode == -9
+
+    ((entry, _),) = archive.recover()
+
+    assert entry.sha256 == hashlib.sha256(b"content").hexdigest()
+    assert data_set_of(archive.path_of(entry)) == b"content"
+    assert entry.size_bytes == archive.path_of(entry).stat().st_size
+
+
+def test_what_is_shorter_than_what_was_to_be_sealed_was_never_acknowledged_and_is_removed(archive: Archive) -> None:
+    program = """
+import os, sys
+from datetime import UTC, datetime
+from pathlib import Path
+from dicomnode.archive import Archive
+from dicomnode.spool import Source
+archive = Archive(Path(sys.argv[1]))
+incoming = archive.receive(sop_class_uid="1", sop_instance_uid="2", transfer_syntax_uid="3")
+incoming.write(b"content" * 10_000)
+entry = archive.seal(incoming, Source(bytes(16), "CT1", "NODE", "10.0.0.7"), now=datetime.now(UTC))
+os.truncate(archive.path_of(entry), 65536)
+"""
+    subprocess.run([sys.executable, "-c", program, archive.root], check=True)
+
+    assert list(archive.recover()) == []
+    assert files(archive) == []
+
+
 @pytest.mark.parametrize("retrieved_by", RetrievedBy)
 @pytest.mark.parametrize("address", ["192.0.2.7", "2001:db8::7"])
 def test_a_journal_record_is_read_back_equal_and_a_damaged_one_is_none(address: str, retrieved_by: RetrievedBy) -> None:
@@ -220,7 +303,7 @@ archive.keep(incoming)
             "-o",
             trace,
             "-e",
-            "trace=write,fsync,rename",
+            "trace=write,pwrite64,ftruncate,fsync,rename",
             sys.executable,
             "-c",
             program,
@@ -236,9 +319,9 @@ archive.keep(incoming)
 
     calls = [line.split(maxsplit=1)[1] for line in trace.read_text().splitlines() if str(tmp_path) in line]
     of_the_instance = calls[next(i for i, call in enumerate(calls) if ".part" in call) :]
-    assert [call.split("(")[0] for call in of_the_instance] == ["write", "fsync", "rename", "fsync"]
-    assert ".part" in of_the_instance[1]
-    assert "/instances/" in of_the_instance[3]
+    assert [call.split("(")[0] for call in of_the_instance] == ["pwrite64", "ftruncate", "fsync", "rename", "fsync"]
+    assert ".part" in of_the_instance[2]
+    assert "/instances/" in of_the_instance[4]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is not there")

@@ -525,7 +525,7 @@ def test_an_association_that_breaks_off_in_mid_instance_is_closed_and_leaves_no_
     node: Node, tmp_path: Path
 ) -> None:
     whole = write(make_dataset(1), tmp_path / "whole.dcm")
-    half = write(make_dataset(2, pixel_bytes=500_000), tmp_path / "half.dcm")
+    half = write(make_dataset(2, pixel_bytes=1_500_000), tmp_path / "half.dcm")
 
     with associated(node, [whole]) as association:
         association.send_c_store(whole)
@@ -804,7 +804,7 @@ listener.stop()
 intake.stop()
 """
     trace = tmp_path / "trace"
-    strace = ["strace", "-f", "--seccomp-bpf", "-yy", "-o", trace, "-e", "trace=fsync,fdatasync,rename,sendto"]
+    strace = ["strace", "-f", "--seccomp-bpf", "-yy", "-o", trace, "-e", "trace=pwrite64,ftruncate,fsync,rename,sendto"]
     traced = subprocess.Popen(
         [*strace, sys.executable, "-c", program, tmp_path / "data"],
         stdin=subprocess.PIPE,
@@ -826,8 +826,9 @@ intake.stop()
     calls = [line.split(maxsplit=1)[1] for line in trace.read_text().splitlines()]
     named = next(i for i, call in enumerate(calls) if "fsync(" in call and re.search(r"/incoming/[^/]+>", call))
     answered = next(i for i, call in enumerate(calls) if call.startswith("sendto(") and r'"\4\0' in call)
-    synced = [i for i, call in enumerate(calls[:answered]) if "fsync(" in call and ".part" in call]
-    assert named < synced[0]
+    of_the_file = [i for i, call in enumerate(calls[:answered]) if ".part" in call]
+    assert named < of_the_file[0]
+    assert [calls[i].split("(")[0] for i in of_the_file] == ["pwrite64", "ftruncate", "fsync"]
 
 
 # ── helpers for peers that misbehave ──
