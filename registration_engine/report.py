@@ -247,6 +247,8 @@ def read_landmarks(path: Path) -> tuple[Points, Points]:
     InvalidRequestError
         A column is missing, a value is no finite number, there is no line, or it is no table at all.
     """
+    if path.exists() and not path.is_file():
+        raise InvalidRequestError(f"{path}: got a folder or device, expected a file of landmarks")
     try:
         return _landmarks(path)
     except (UnicodeDecodeError, csv.Error) as error:

@@ -33,7 +33,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         training.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
         training.add_argument(
             "--time-limit",
-            type=float,
+            type=_seconds,
             metavar="SECONDS",
             help=f"stop after so long with everything saved and exit with {NOT_FINISHED}: run it again",
         )
@@ -41,6 +41,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     models.add_argument("--json", action="store_true", help="for machines")
     publish = commands.add_parser("publish", help="make a run's weights the shipped ones of its model")
     publish.add_argument("state", type=Path, help="state.safetensors of the run")
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a number above 0")
+    return value
 
 
 def _train(options: argparse.Namespace) -> int:

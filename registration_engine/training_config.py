@@ -102,6 +102,8 @@ def read_config(path: Path) -> TrainingConfig:
     InvalidRequestError
         Names file, key, what it got and what was expected.
     """
+    if path.exists() and not path.is_file():
+        raise InvalidRequestError(f"{path}: cannot be read (a folder or device, expected a file)")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -107,6 +107,7 @@ def test_evaluate_of_several_phases_draws_their_uptake(files, tmp_path):
         (("--moving", "moving.nii.gz", "--field", "field.nii.gz", "--landmarks", "bad.csv"), "expected fixed_x"),
         (("--moving", "moving.nii.gz", "--field", "field.nii.gz", "--landmarks", "fixed.nii.gz"), "no table of comma"),
         (("--moving", "moving.nii.gz", "--field", "field.nii.gz", "--landmarks", "long.csv"), "no table of comma"),
+        (("--moving", "moving.nii.gz", "--field", "field.nii.gz", "--landmarks", "/dev/zero"), "expected a file of"),
         (("--moving", "fixed.nii.gz", "--field", "fixed.nii.gz"), "expected a field of 3"),
         (("--moving", "moving.nii.gz", "--field", "huge.mha"), "expected within 1e+06"),
         (

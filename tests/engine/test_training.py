@@ -219,6 +219,8 @@ def test_a_configuration_needs_a_model_and_a_folder(tmp_path: Path) -> None:
 
     with pytest.raises(InvalidRequestError, match="key 'out' is missing"):
         read_config(path)
+    with pytest.raises(InvalidRequestError, match="/dev/zero: cannot be read"):
+        read_config(Path("/dev/zero"))
 
 
 def test_the_shipped_configurations_are_the_papers_schedule() -> None:
@@ -258,6 +260,9 @@ def test_a_piece_ends_with_its_own_exit_status_and_the_last_with_zero(tmp_path: 
     Path("run.toml").write_text(text)
     command = ["train", "--config", "run.toml", "--device", "cpu"]
 
+    for never in ("nan", "0"):
+        with pytest.raises(SystemExit, match="2"):
+            main([*command, "--time-limit", never])
     assert main([*command, "--time-limit", "0.001"]) == 4
     assert main([*command, "--time-limit", "1000"]) == 0
 
