@@ -108,9 +108,10 @@ def _worker(arguments: argparse.Namespace) -> int:
     # torch comes in here, in the worker's own process
     from dicomnode.archive import Archive
     from dicomnode.index import Index
-    from dicomnode.steps import Steps
+    from dicomnode.steps import Steps, require_device
     from dicomnode.workflow import Worker
 
+    require_device(config.worker.device)  # jobs wait until it is there
     index = Index(config.database_url)
     steps = Steps(config, index, Archive(config.data_dir))
     worker = Worker(index, steps.in_order(), executor_id="worker-0", lock_folder=config.data_dir)
@@ -195,7 +196,15 @@ def _check(arguments: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     rule_set = rules_cli.check_against(config, rules.load(config.rules_path), str(config.rules_path))
-    for warning in config.warnings():
+    told = config.warnings()
+    if config.worker.device.startswith("cuda"):
+        from dicomnode.steps import require_device  # torch comes in here
+
+        try:
+            require_device(config.worker.device)
+        except LocalError as error:
+            told.append(f"{error}; on a machine without it nothing is registered")
+    for warning in told:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"ok: {len(config.destinations)} destinations, {len(rule_set.rules)} rules")
     return 0

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from dicomnode import objects, rules, volumes
 from dicomnode.archive import Archive
 from dicomnode.config import Config
-from dicomnode.errors import RegistrationRejectedError, StudyError
+from dicomnode.errors import LocalError, RegistrationRejectedError, StudyError
 from dicomnode.findings import keys_of
 from dicomnode.handover import HandOver
 from dicomnode.index import ENDED, Index
@@ -28,10 +28,20 @@ from dicomnode.registering import judge_pairs, provenance, register
 from dicomnode.rule import Rule
 from dicomnode.scopes import in_time, key_of
 from registration_engine import PRESETS, Preset
+from registration_engine.devices import device_named
+from registration_engine.errors import InvalidRequestError
 
 log = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S = 1.0
+
+
+def require_device(name: str) -> None:
+    """LocalError where there is no such device: no job may fail because an accelerator is gone."""
+    try:
+        device_named(name)
+    except InvalidRequestError as error:
+        raise LocalError(f"worker.device: {error}") from None
 
 
 class Steps:

@@ -95,6 +95,18 @@ def test_without_a_configuration_the_node_serves_from_its_defaults(tmp_path: Pat
     assert "worker stopped" in node.logged()
 
 
+def test_without_its_accelerator_the_worker_does_not_begin_and_check_says_so(tmp_path: Path) -> None:
+    text = "{node: {data_dir: .}, worker: {device: cuda:99}}"
+    (tmp_path / "node.yaml").write_text(text)
+
+    worker = dicomnode("worker", "--config", str(tmp_path / "node.yaml"))
+    check = dicomnode("check", "--config", str(tmp_path / "node.yaml"))
+
+    said = "worker.device: Device: got 'cuda:99', expected one of those here: auto, cpu"
+    assert (worker.returncode, said in worker.stderr) == (1, True)
+    assert (check.returncode, f"warning: {said}" in check.stderr) == (0, True)
+
+
 def test_names_that_no_terminal_shows_are_told_nevertheless(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
