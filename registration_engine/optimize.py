@@ -38,7 +38,6 @@ _CHOICE_VOXELS, _CHOICE_SHARE = 150_000, 0.3
 _SEARCH_VOXELS = 250_000
 _ONE_KIND = 0.8  # correlation; phases, contrast agents and two brains had 0.87 and more, T1-T2 and CT-MR 0.67 at most
 _WORTH = 1.01  # as much more similar must a suppler field be: freedom always finds some likeness
-_CLEARLY = 1.005  # as much more similar must a field be that has passed through low resolution
 
 
 def refine(
@@ -65,6 +64,7 @@ def refine(
     body = fixed.cropped(_MARGIN_MM)
     finest = body.spacing_for(preset.voxels)
     body, moving = body.reduced(finest), moving.reduced(finest)
+    manners, unlike = [manner.on(finest) for manner in preset.manners], preset.unlike.on(finest)
     levels = [
         (n, finest * 2.0**up) for up, n in zip(range(len(preset.iterations))[::-1], preset.iterations, strict=True)
     ]
@@ -77,42 +77,34 @@ def refine(
 
     def tried(manner: Manner, number: int) -> tuple[Tensor, Grid]:
         def part_done(part: float) -> None:
-            progress(_CHOICE_SHARE * (number + part) / (1 + len(preset.manners)))
+            progress(_CHOICE_SHARE * (number + part) / (1 + len(manners)))
 
         start = displacement, grid
         return _through_levels(start, body, moving, moving_from_fixed, choice, preset, manner, part_done)
 
-    manner = preset.manners[0]
-    best = tried(manner, 0)
+    chosen, best = 0, tried(manners[0], 0)
     if _correlation(body, moving, moving_from_fixed, *best) < _ONE_KIND:
-        manner = preset.unlike
-        best = tried(manner, 1)
+        manners[0] = unlike
+        best = tried(unlike, 1)
     best_score = judge(*best)
-    for number, suppler in enumerate(preset.manners[1:], start=2):
-        trial = tried(suppler, number)
+    for number, suppler in enumerate(manners[1:], start=1):
+        trial = tried(suppler, number + 1)
         score = judge(*trial)
         if score > _WORTH * best_score:
-            best, manner, best_score = trial, suppler, score
+            chosen, best, best_score = number, trial, score
+    if (score := judge(displacement, grid)) > best_score:
+        best, best_score = (displacement, grid), score
     rest = levels[last + 1 :]
+    for number, manner in enumerate(manners[chosen:]):
 
-    def through(
-        start: tuple[Tensor, Grid], levels: list[tuple[int, float]], before: float, share: float
-    ) -> tuple[Tensor, Grid]:
-        def part_done(part: float) -> None:
-            progress(before + share * part)
+        def rest_done(part: float, ahead: float = 0.1**number) -> None:
+            progress(1 - (1 - _CHOICE_SHARE) * ahead * (1 - 0.9 * part))
 
-        return _through_levels(start, body, moving, moving_from_fixed, levels, preset, manner, part_done)
-
-    if displacement.any() and rest:
-        # Organs that slide are lost at low resolution, and wide smooth motion is not found without it: try both ways.
-        ways = (best, (displacement, grid))
-        found = [through(way, rest[:1], _CHOICE_SHARE + 0.2 * number, 0.2) for number, way in enumerate(ways)]
-        from_coarse, from_search = found
-        best = from_coarse if judge(*from_coarse) > _CLEARLY * judge(*from_search) else from_search
-        return through(best, rest[1:], 0.7, 0.3)
-    if judge(displacement, grid) > best_score:
-        best = displacement, grid
-    return through(best, rest, _CHOICE_SHARE, 1 - _CHOICE_SHARE)
+        found = _through_levels(best, body, moving, moving_from_fixed, rest, preset, manner, rest_done)
+        if judge(*found) >= best_score:
+            return found
+        # Too stiff for what the search has found: the next one.
+    return best
 
 
 def _correlation(
@@ -219,7 +211,8 @@ def _refined(
         longest = update.square().sum(0).max().sqrt()
         update *= pace * _LONGEST_STEP * spacing_mm / longest.clamp(min=1e-20)
         displacement = fields.compose(displacement, update, lattice)
-        displacement = fields.smooth(displacement, math.sqrt(pace) * manner.field_smoothing * spacing_mm, lattice)
+        width = math.sqrt(pace) * manner.field_smoothing * spacing_mm
+        displacement = fields.smooth(displacement, width, lattice, sharpened=manner.holds_bends)
         if step % _GUARD_EVERY == 0:
             displacement = unfolded(displacement, lattice, smallest_determinant=preset.smallest_determinant)
         yield step / iterations, displacement

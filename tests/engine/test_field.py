@@ -108,6 +108,23 @@ def test_smoothing_keeps_a_constant_field_up_to_the_border():
     assert torch.allclose(smoothed, torch.tensor(2.5), atol=1e-5)
 
 
+def test_sharpened_smoothing_lets_wide_waves_pass_and_holds_short_ones_back():
+    grid = _grid(shape=(96, 8, 8), spacing=(2.0, 2.0, 2.0))
+    along_k = _positions(grid)[2]
+    inner = slice(24, -24)
+
+    def passed(wavelength_mm: float, *, sharpened: bool) -> float:
+        wave = torch.sin(2 * np.pi * along_k / wavelength_mm)[None]
+        smooth = fields.smooth(wave, 6.0, Lattice.of(grid, CPU), sharpened=sharpened)
+        return float(smooth[0, inner].abs().max() / wave[0, inner].abs().max())
+
+    for wavelength_mm in (96.0, 24.0, 8.0):
+        plain = np.exp(-0.5 * (2 * np.pi * 6.0 / wavelength_mm) ** 2)
+        assert passed(wavelength_mm, sharpened=False) == pytest.approx(plain, abs=2e-3)
+        assert passed(wavelength_mm, sharpened=True) == pytest.approx(2 * plain - plain**2, abs=2e-3)
+    assert passed(96.0, sharpened=True) > 0.99 > 0.93 > passed(96.0, sharpened=False)
+
+
 def test_smoothing_leaves_no_denormal_numbers():
     lattice = Lattice.of(_grid(), CPU)
     tiny = torch.full((3, *lattice.shape), 1e-39)

@@ -17,7 +17,7 @@ from registration_engine import (
     register,
     warp,
 )
-from registration_engine.presets import STIFF
+from registration_engine.presets import STIFF, Manner
 
 SMALL = Preset("small", voxels=40_000, iterations=(40, 40, 30))
 QUICK = Preset("quick", voxels=8_000, iterations=(15, 10))
@@ -135,6 +135,19 @@ def test_what_drives_the_field_is_chosen_by_the_kinds_of_the_images():
 
     assert np.array_equal(fields[0], fields[1])
     assert not np.array_equal(fields[2], fields[3])
+
+
+def test_a_manner_too_stiff_for_what_the_search_has_found_gives_way_to_a_suppler_one():
+    on, through = bodies.grid(), bodies.breathing(14.0)
+    fixed, moving = bodies.volume(on, through=through), bodies.volume(on, seed=1)
+    rigid_like = Manner(local_share=1.0, structure_share=0.0, step_smoothing=2.0, field_smoothing=25.0)
+
+    alone, ladder = (
+        register(fixed, moving, preset=replace(SMALL, manners=manners))
+        for manners in ((rigid_like,), (rigid_like, STIFF))
+    )
+
+    assert errors_mm(ladder, through).mean() < 0.6 * errors_mm(alone, through).mean()
 
 
 def test_the_same_input_gives_the_same_bits():
