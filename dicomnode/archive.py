@@ -302,7 +302,10 @@ class Incoming:
         self.data_set_bytes = 0
         self._digest = hashlib.sha256()
         self._buffers = buffers
-        self._buffer = buffers.pop() if buffers else mmap.mmap(-1, _BUFFER_BYTES)
+        try:
+            self._buffer = buffers.pop()
+        except IndexError:  # none is free; asked first, another association could take the last one meanwhile
+            self._buffer = mmap.mmap(-1, _BUFFER_BYTES)
         meta = _file_meta(sop_class_uid, sop_instance_uid, transfer_syntax_uid)
         self._buffer[: len(meta)] = meta
         self._meta_bytes = self._filled = self._hashed = len(meta)  # the last two in the buffer
