@@ -64,7 +64,8 @@ def refine(
     body = fixed.cropped(_MARGIN_MM)
     finest = body.spacing_for(preset.voxels)
     body, moving = body.reduced(finest), moving.reduced(finest)
-    manners, unlike = [manner.on(finest) for manner in preset.manners], preset.unlike.on(finest)
+    shortest = float((body.grid.spacing_mm * body.grid.shape).min()) / finest
+    manners, unlike = [manner.within(shortest) for manner in preset.manners], preset.unlike.within(shortest)
     levels = [
         (n, finest * 2.0**up) for up, n in zip(range(len(preset.iterations))[::-1], preset.iterations, strict=True)
     ]

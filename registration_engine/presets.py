@@ -8,8 +8,8 @@ from types import MappingProxyType
 
 from registration_engine.errors import InvalidRequestError
 
-_WIDEST_MM = 12.0  # of a smoothing that holds bends: wider, it loses the motion of a body of 10 cm
-_LEAST_SIDES = 1.5
+_WIDEST_SHARE = 0.14  # of the body's shortest side: a smoothing that is wider loses how the body as a whole is bent
+_NARROWEST = 1.5
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Manner:
     field_smoothing: float
     holds_bends: bool = False
 
-    def on(self, finest_mm: float) -> Manner:
-        """The same for a finest level of such voxels: bodies bend within centimetres, however coarse the image is."""
+    def within(self, voxels: float) -> Manner:
+        """The same for a body whose shortest side has so many voxels at the finest level."""
         if not self.holds_bends:
             return self
-        return replace(self, field_smoothing=min(self.field_smoothing, max(_WIDEST_MM / finest_mm, _LEAST_SIDES)))
+        return replace(self, field_smoothing=min(self.field_smoothing, max(_WIDEST_SHARE * voxels, _NARROWEST)))
 
 
 STIFF = Manner(local_share=1.0, structure_share=0.0, step_smoothing=2.0, field_smoothing=4.5, holds_bends=True)
