@@ -128,7 +128,7 @@ def test_what_drives_the_field_is_chosen_by_the_kinds_of_the_images():
     fixed = bodies.volume(on, through=bodies.breathing(9.0))
     alike = bodies.volume(on, contrast=lambda v: 0.9 * v + 0.05 * v**2, seed=1)
     unlike = bodies.volume(on, contrast=lambda v: np.where(v < 0.1, v, 0.9 - v), seed=1)
-    one = replace(QUICK, manners=(STIFF,))
+    one = replace(SMALL, manners=(STIFF,))
     other = replace(one, unlike=STIFF)
 
     fields = [register(fixed, moving, preset=p).displacement for moving in (alike, unlike) for p in (one, other)]
