@@ -34,7 +34,7 @@ class Thresholds(Section):
     patch_nmi_fell_fraction: Limits = Limits()
     overlap_fraction: Limits = Limits(warn=0.6, reject=0.25)
     folding_fraction: Limits = Limits(reject=0.0)
-    sdlogj: Limits = Limits(warn=0.25, reject=0.55)
+    sdlogj: Limits = Limits(warn=0.2, reject=0.55)
     nonlinear_p95_mm: Limits = Limits()
     nonlinear_max_mm: Limits = Limits(warn=35.0, reject=60.0)
     rotation_deg: Limits = Limits(warn=25.0, reject=90.0)
