@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import zlib
 from collections.abc import Sequence
@@ -123,9 +124,9 @@ def _read(path: Path) -> Any:
     if image.GetDimension() != 3:
         raise InvalidVolumeError(f"{path}: got {image.GetDimension()} dimensions, expected 3")
     if path.name.lower().endswith((".nii", ".nii.gz")):
-        least = _NIFTI_HEAD_BYTES + image.GetSizeOfPixelComponent() * image.GetNumberOfComponentsPerPixel() * int(
-            np.prod(image.GetSize())
-        )
+        # As the header has it: the reader's own type is wider where values are scaled.
+        values = math.prod(max(int(image.GetMetaData(f"dim[{n}]")), 1) for n in range(1, 8))
+        least = _NIFTI_HEAD_BYTES + values * int(image.GetMetaData("bitpix")) // 8
         if (found := _whole_bytes(path)) < least:  # the reader fills up with zeros
             raise InvalidVolumeError(f"{path}: cut short: got {found} bytes, expected {least} or more")
     return image

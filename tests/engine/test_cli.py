@@ -118,6 +118,18 @@ def test_bad_input_ends_with_status_2_and_one_line(kind, reason, pair, tmp_path,
     assert told.out == ""
 
 
+def test_a_scaled_nifti_of_one_byte_a_voxel_is_whole(tmp_path):
+    """The reader makes float of it, four times as wide as what the file holds."""
+    path = tmp_path / "scaled.nii"
+    voxels = np.random.default_rng(0).integers(0, 255, (12, 13, 14)).astype(np.uint8)
+    sitk.WriteImage(sitk.GetImageFromArray(voxels), str(path))
+    content = bytearray(path.read_bytes())
+    content[112:120] = np.array([2.5, 7.0], "<f4").tobytes()  # scl_slope, scl_inter
+    path.write_bytes(content)
+
+    assert np.allclose(read_volume(path).voxels, 2.5 * voxels + 7)
+
+
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".mha", ".nrrd"])
 def test_a_file_cut_short_is_refused_and_never_filled_up(suffix, tmp_path):
     image = sitk.GetImageFromArray(np.random.default_rng(0).normal(size=(9, 10, 11)).astype(np.float32))
