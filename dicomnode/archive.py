@@ -12,7 +12,7 @@ import hashlib
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from pydicom.filewriter import write_dataset
 
 from dicomnode.errors import LocalError
 from dicomnode.model import Instance, JournalEntry, RetrievedBy
-from dicomnode.spool import PREAMBLE_BYTES, JournalRecord, Source, Spool, fsync_folder, left_behind, local_errors
+from dicomnode.spool import PREAMBLE_BYTES, JournalRecord, Source, Spool, fsync_path, left_behind, local_errors
 
 IMPLEMENTATION_CLASS_UID = "2.25.230217732564501373792718796497012300702"
 IMPLEMENTATION_VERSION_NAME = "DICOMNODE_0.1"
@@ -61,8 +61,8 @@ class Archive:
             # All 256 now: an instance is only as durable as the entry of the folder it stands in.
             for number in range(256):
                 (instances / f"{number:02x}").mkdir(parents=True, exist_ok=True)
-            fsync_folder(instances)
-            fsync_folder(root)
+            fsync_path(instances)
+            fsync_path(root)
 
     def receive(self, *, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str) -> Incoming:
         """Open a spool file for one instance whose data set is about to come, to be sealed or kept.
@@ -92,6 +92,8 @@ class Archive:
     ) -> JournalEntry:
         """Make a received instance durable: it survives a power cut once this returns, and success may be answered.
 
+        What fills its last block stays behind it until `settle` or `recover` cuts it off.
+
         Raises
         ------
         LocalError
@@ -117,8 +119,7 @@ class Archive:
     def recover(self) -> Iterator[tuple[JournalEntry, Source]]:
         """What dead processes have sealed; the rest of what they left is removed, none of it was acknowledged.
 
-        What fills a last block is cut off, where a process died before it could do so. Where a file's content is not
-        what was sealed, the digest is the content's.
+        Where a file's content is not what was sealed, the digest is the content's.
         """
         for path in left_behind(self._incoming):
             with local_errors, path.open("r+b") as file:
@@ -131,7 +132,7 @@ class Archive:
                 if size_bytes < sealed_bytes:  # its length is durable before the answer: there was none
                     path.unlink()
                     continue
-                if size_bytes > sealed_bytes:  # killed before the last block was cut to measure
+                if size_bytes > sealed_bytes:
                     file.truncate(sealed_bytes)
                     os.fsync(file.fileno())
                 file.seek(start)
@@ -157,8 +158,8 @@ class Archive:
         sealed = self.root / entry.path
         return sealed if sealed.exists() else self.root / _kept_path(entry)
 
-    def settle(self, entries: Iterable[JournalEntry]) -> list[Instance]:
-        """Move sealed files to where kept instances stand, durably; each entry's instance.
+    def settle(self, entries: Sequence[JournalEntry]) -> list[Instance]:
+        """Cut sealed files to measure and move them to where kept instances stand, durably; each entry's instance.
 
         May be repeated after a crash. Files that came together share a folder, so that few folders are fsynced.
 
@@ -170,6 +171,7 @@ class Archive:
         instances = []
         folders: set[Path] = set()
         with local_errors:
+            self._cut_to_measure(entries)
             for entry in entries:
                 sealed = self.root / entry.path
                 path = _kept_path(entry)
@@ -189,8 +191,19 @@ class Archive:
                 )
             for folder in folders:
                 if folder.exists():
-                    fsync_folder(folder)
+                    fsync_path(folder)
         return instances
+
+    def _cut_to_measure(self, entries: Sequence[JournalEntry]) -> None:
+        """Take off what fills the last blocks; all before the first fsync, which leaves the others little to do."""
+        cut = []
+        for entry in entries:
+            sealed = self.root / entry.path
+            if sealed.exists() and sealed.stat().st_size > entry.size_bytes:
+                os.truncate(sealed, entry.size_bytes)
+                cut.append(sealed)
+        for sealed in cut:
+            fsync_path(sealed)
 
     def close(self) -> None:
         """Take away what was prepared for instances that did not come."""
@@ -214,7 +227,7 @@ class Archive:
                 size_bytes = incoming.sync()
                 kept = self.root / path
                 Path(incoming.path).rename(kept)
-                fsync_folder(kept.parent)
+                fsync_path(kept.parent)
         finally:
             incoming.discard()
         return Instance(
@@ -329,32 +342,39 @@ class Incoming:
             if self._filled - self._hashed >= _HASHED_AT_ONCE:
                 self._hash()
             if self._filled == _BUFFER_BYTES:
-                self.flush()
+                self._write_blocks()
                 self._written += _BUFFER_BYTES
                 self._filled = self._hashed = 0
 
     def flush(self) -> None:
         """Let others read, at `path`, what was written; LocalError if the disk does not take it."""
+        self._write_blocks()
+        with local_errors:
+            os.ftruncate(self._descriptor, self._written + self._filled)
+
+    def _write_blocks(self) -> None:
+        """Write what is in the buffer and what fills its last block."""
         self._hash()
         size = -(-self._filled // _BLOCK_BYTES) * _BLOCK_BYTES
         at = 0
         with local_errors, memoryview(self._buffer) as buffer:
             while at < size:
                 at += os.pwrite(self._descriptor, buffer[at:size], self._written + at)
-            if size != self._filled:
-                os.ftruncate(self._descriptor, self._written + self._filled)
 
     def seal(self, record: bytes) -> int:
-        """Put the journal record into the preamble, make all of it durable, close; the file's size in bytes."""
+        """Put the journal record into the preamble, make all of it durable, close; the instance's size in bytes.
+
+        The file is left up to a block longer: cutting it would read that block and write it again before the answer.
+        """
         if self._written:
-            self.flush()
+            self._write_blocks()
             with local_errors:
                 flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
                 fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)  # it fills no block
                 os.pwrite(self._descriptor, record, 0)
         else:
             self._buffer[: len(record)] = record
-            self.flush()
+            self._write_blocks()
         size_bytes = self._fsync()
         self._close()
         self._is_sealed = True

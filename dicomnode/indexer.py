@@ -72,20 +72,27 @@ class Indexer:
             The disk or the database fails: nothing is lost, all of it comes again.
         """
         entries = self._index.take_unindexed(BATCH)
-        readable: list[tuple[JournalEntry, InstanceHeader]] = []
+        there = [entry for entry in entries if self._archive.is_there(entry)]
+        try:
+            stored = dict(zip((entry.id for entry in there), self._archive.settle(there), strict=True))
+        except LocalError:
+            self._index.put_back(entries)
+            raise
+        readable: list[tuple[JournalEntry, Instance, InstanceHeader]] = []
         for entry in entries:
-            if entry.attempts >= MAX_ATTEMPTS:
-                self._put_aside(entry, f"reading it ended the indexer {entry.attempts} times")
+            if entry.id not in stored:
+                self._put_aside(entry, entry.path, "its file is gone")
                 continue
+            instance = stored[entry.id]
             try:
-                readable.append((entry, self._header(entry)))
+                readable.append((entry, instance, self._header(entry, instance)))
             except _UnreadableError as error:
-                self._put_aside(entry, str(error))
+                self._put_aside(entry, instance.path, str(error))
         if readable:
             try:
-                self._settle(readable)
+                self._enter(readable)
             except LocalError:
-                self._index.put_back([entry for entry, _ in readable])
+                self._index.put_back([entry for entry, _, _ in readable])
                 raise
         return len(entries)
 
@@ -97,9 +104,7 @@ class Indexer:
         found = self._index.pace(BATCH)
         return found is not None and is_streaming(*found, now=now)
 
-    def _settle(self, readable: Sequence[tuple[JournalEntry, InstanceHeader]]) -> None:
-        instances = self._archive.settle([entry for entry, _ in readable])
-        batch = [(entry, stored, header) for (entry, header), stored in zip(readable, instances, strict=True)]
+    def _enter(self, batch: Sequence[tuple[JournalEntry, Instance, InstanceHeader]]) -> None:
         outcomes = self._index.index_entries(batch, policy=self._duplicates, now=datetime.now(UTC))
         for (entry, stored, _), became in zip(batch, outcomes, strict=True):
             if became is Settled.EQUAL:
@@ -112,22 +117,19 @@ class Indexer:
         if stored.path not in self._index.paths_of(stored.sop_instance_uid):
             self._archive.remove(stored)
 
-    def _put_aside(self, entry: JournalEntry, reason: str) -> None:
-        path = entry.path
-        if self._archive.is_there(entry):
-            (stored,) = self._archive.settle([entry])
-            path = stored.path
+    def _put_aside(self, entry: JournalEntry, path: str, reason: str) -> None:
         log.warning("instance %s put into quarantine: %s", entry.sop_instance_uid or "without UID", reason)
         self._index.quarantine(entry, path, reason)
 
-    def _header(self, entry: JournalEntry) -> InstanceHeader:
+    def _header(self, entry: JournalEntry, stored: Instance) -> InstanceHeader:
         """Read what comes before the pixel data; refuse what is not a data set, or another than announced."""
-        if not self._archive.is_there(entry):
-            raise _UnreadableError("its file is gone")
+        if entry.attempts >= MAX_ATTEMPTS:
+            raise _UnreadableError(f"reading it ended the indexer {entry.attempts} times")
         try:
             with _time_limit(READING_LIMIT_S):
-                path = self._archive.path_of(entry)
-                dataset = pydicom.dcmread(path, stop_before_pixels=True, defer_size=_LARGE_ELEMENT_BYTES)
+                dataset = pydicom.dcmread(
+                    self._archive.path(stored), stop_before_pixels=True, defer_size=_LARGE_ELEMENT_BYTES
+                )
                 uids = str(dataset.get("SOPInstanceUID", "")), str(dataset.get("SOPClassUID", ""))
                 header = self._header_of(dataset)
         except MemoryError:

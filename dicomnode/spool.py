@@ -178,7 +178,7 @@ class Spool:
             self._lock_file = os.open(own / "lock", os.O_CREAT | os.O_RDWR)
             fcntl.flock(self._lock_file, fcntl.LOCK_EX)
             self._flags = os.O_RDWR | (os.O_DIRECT if takes_direct_writes(own / "lock") else 0)
-            fsync_folder(self._folder)
+            fsync_path(self._folder)
             self._own = own
         made = []
         try:
@@ -187,7 +187,7 @@ class Spool:
                 path = f"{self._own}/{self._number}.part"
                 os.mknod(path, 0o666 | stat.S_IFREG)  # EEXIST where it stands; no descriptor to close
                 made.append(path)
-            fsync_folder(self._own)
+            fsync_path(self._own)
         except OSError:
             for name in made:
                 Path(name).unlink(missing_ok=True)
@@ -248,9 +248,9 @@ def takes_direct_writes(path: Path) -> bool:
         os.close(descriptor)
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make a folder's entries durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def fsync_path(path: Path) -> None:
+    """Make a file's content, or a folder's entries, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

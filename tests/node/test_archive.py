@@ -63,7 +63,7 @@ def test_what_was_written_stands_in_the_kept_file_after_its_meta_information(arc
 
 @pytest.mark.parametrize("piece", [131_060, 2**21])
 @pytest.mark.parametrize("size", [0, 4096, 2**20 - 1, 2**20, 2**20 + 1, 2**21 + 4096, 3_000_001])
-def test_an_instance_of_any_length_is_sealed_as_it_came(archive: Archive, size: int, piece: int) -> None:
+def test_an_instance_of_any_length_is_sealed_and_settled_as_it_came(archive: Archive, size: int, piece: int) -> None:
     content = os.urandom(size)
     incoming = receive(archive, b"")
     for at in range(0, size, piece):
@@ -71,10 +71,11 @@ def test_an_instance_of_any_length_is_sealed_as_it_came(archive: Archive, size: 
 
     entry = archive.seal(incoming, Source.new("CT1", "NODE", "10.0.0.7"), now=datetime(2026, 1, 2, tzinfo=UTC))
 
-    path = archive.path_of(entry)
+    (instance,) = archive.settle([entry])
+    path = archive.path(instance)
     assert data_set_of(path) == content
     assert entry.sha256 == hashlib.sha256(content).hexdigest()
-    assert entry.size_bytes == path.stat().st_size
+    assert entry.size_bytes == instance.size_bytes == path.stat().st_size
     record = JournalRecord.decode(path.read_bytes()[:128])
     assert record is not None
     assert (record.sha256, record.data_set_bytes) == (entry.sha256, size)
@@ -92,9 +93,10 @@ def test_what_cannot_be_written_past_the_page_cache_is_written_through_it(tmp_pa
     )
     content = os.urandom(2_000_001)
     incoming.write(content)
-    incoming.seal(b"record")
+    size_bytes = incoming.seal(b"record")
 
     assert not takes_direct_writes(Path("/proc/self/comm"))
+    os.truncate(path, size_bytes)  # as what takes it up does
     assert path.read_bytes()[:6] == b"record"
     assert data_set_of(path) == content
 
@@ -198,10 +200,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert [path.parent.parent.name for path in files(archive)] == ["instances", "instances"]
 
 
-@pytest.mark.parametrize("call", ["ftruncate", "fsync"])
-def test_what_a_killed_process_had_written_and_not_yet_cut_to_measure_is_recovered_whole(
-    archive: Archive, call: str
-) -> None:
+def test_what_a_killed_process_had_written_and_not_yet_cut_to_measure_is_recovered_whole(archive: Archive) -> None:
     program = """
 import os, signal, sys
 from datetime import UTC, datetime
@@ -211,10 +210,10 @@ from dicomnode.spool import Source
 archive = Archive(Path(sys.argv[1]))
 incoming = archive.receive(sop_class_uid="1", sop_instance_uid="2", transfer_syntax_uid="3")
 incoming.write(b"content")
-setattr(os, sys.argv[2], lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
 archive.seal(incoming, Source(bytes(16), "CT1", "NODE", "10.0.0.7"), now=datetime.now(UTC))
 """
-    killed = subprocess.run([sys.executable, "-c", program, archive.root, call], check=False)
+    killed = subprocess.run([sys.executable, "-c", program, archive.root], check=False)
     assert killed.returncode == -9
 
     ((entry, _),) = archive.recover()
@@ -283,16 +282,29 @@ def test_dcmtk_reads_the_meta_information_without_complaint(archive: Archive) ->
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
-def test_the_file_is_synced_before_the_rename_and_the_folder_after_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("archive.keep(incoming)", ["pwrite64", "ftruncate", "fsync", "rename", "fsync"]),
+        (
+            "archive.settle([archive.seal(incoming, Source(bytes(16), 'A', 'B', '::1'), now=datetime.now(UTC))])",
+            ["pwrite64", "fsync", "truncate", "fsync", "rename", "fsync", "fsync"],
+        ),
+    ],
+    ids=["kept at once", "sealed and settled"],
+)
+def test_the_file_is_synced_before_the_rename_and_the_folder_after_it(
+    tmp_path: Path, how: str, expected: list[str]
+) -> None:
     program = """
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from dicomnode.archive import Archive
+from dicomnode.spool import Source
 archive = Archive(Path(sys.argv[1]))
 incoming = archive.receive(sop_class_uid="1", sop_instance_uid="2", transfer_syntax_uid="3")
 incoming.write(b"content")
-archive.keep(incoming)
 """
     trace = tmp_path / "trace"
     traced = subprocess.run(
@@ -303,10 +315,10 @@ archive.keep(incoming)
             "-o",
             trace,
             "-e",
-            "trace=write,pwrite64,ftruncate,fsync,rename",
+            "trace=write,pwrite64,truncate,ftruncate,fsync,rename",
             sys.executable,
             "-c",
-            program,
+            program + how,
             tmp_path / "data",
         ],
         check=False,
@@ -319,9 +331,10 @@ archive.keep(incoming)
 
     calls = [line.split(maxsplit=1)[1] for line in trace.read_text().splitlines() if str(tmp_path) in line]
     of_the_instance = calls[next(i for i, call in enumerate(calls) if ".part" in call) :]
-    assert [call.split("(")[0] for call in of_the_instance] == ["pwrite64", "ftruncate", "fsync", "rename", "fsync"]
-    assert ".part" in of_the_instance[2]
-    assert "/instances/" in of_the_instance[4]
+    assert [call.split("(")[0] for call in of_the_instance] == expected
+    renamed = expected.index("rename")
+    assert ".part" in of_the_instance[renamed - 1]
+    assert any("/instances/" in call for call in of_the_instance[renamed + 1 :])
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is not there")
