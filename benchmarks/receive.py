@@ -3,7 +3,9 @@
 Synthetic 512x512 16-bit CT instances, sent by DCMTK's storescu over the loopback interface, TCP_NODELAY=1 on both
 sides. The receivers take turns in every round; the figures are medians. storescp does not fsync. Before each run twice
 the memory that the instances fill is touched, so that every receiver finds it alike: a virtual machine gives what was
-free for some seconds back to its host, and who uses it next waits for it. CPU is the receiver's own up to the last
+free for some seconds back to its host, and who uses it next waits for it. For the same reason what one receiver left
+to be written is written before the next begins, and nothing is removed before the end (with the defaults that is 16
+GB): ext4 looks at every inode that was freed in the last minutes before it makes a new file. CPU is the receiver's own up to the last
 answer; the node's indexer, which reads headers afterwards, is told separately. The large object is one multi-frame
 instance; its memory is the peak of the receiving process less what it had before.
 """
@@ -69,14 +71,13 @@ class Receiver:
         return int(status.split(f"{what}:")[1].split()[0]) / 1024
 
     def stop(self) -> None:
-        """End it and remove what it stored."""
+        """End it; what it stored stays."""
         self.process.terminate()
         try:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        shutil.rmtree(self.folder)
 
 
 class Node(Receiver):
@@ -172,7 +173,7 @@ def main() -> None:
                 receivers[round_number % len(receivers) :] + receivers[: round_number % len(receivers)]
             ):
                 for senders in (1, 4):
-                    receiver = receiver_class(folder / f"{receiver_class.name}")
+                    receiver = receiver_class(folder / f"{receiver_class.name}-{senders}-{round_number}")
                     try:
                         key = (receiver_class.name, senders)
                         rate, cpu = measure(receiver, paths, senders)
@@ -205,6 +206,7 @@ def main() -> None:
 
 def measure(receiver: Receiver, paths: list[Path], senders: int) -> tuple[float, float]:
     """Instances per second and CPU milliseconds per instance, from the first connection to the last answer."""
+    os.sync()
     np.ones(2 * sum(path.stat().st_size for path in paths), dtype=np.uint8)
     before = receiver.cpu_s()
     started = time.monotonic()
