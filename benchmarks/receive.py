@@ -1,13 +1,14 @@
 """C-STORE reception side by side with DCMTK's storescp and Debian's Orthanc, in one run: `make bench-receive`.
 
 Synthetic 512x512 16-bit CT instances, sent by DCMTK's storescu over the loopback interface, TCP_NODELAY=1 on both
-sides. The receivers take turns in every round; the figures are medians. storescp does not fsync. Before each run twice
-the memory that the instances fill is touched, so that every receiver finds it alike: a virtual machine gives what was
-free for some seconds back to its host, and who uses it next waits for it. For the same reason what one receiver left
-to be written is written before the next begins, and nothing is removed before the end (with the defaults that is 16
-GB): ext4 looks at every inode that was freed in the last minutes before it makes a new file. CPU is the receiver's own up to the last
-answer; the node's indexer, which reads headers afterwards, is told separately. The large object is one multi-frame
-instance; its memory is the peak of the receiving process less what it had before.
+sides. The receivers take turns in every round; the figures are medians. storescp does not fsync. CPU is the receiver's
+own up to the last answer; the node's indexer, which reads headers afterwards, is told separately. The large object is
+one multi-frame instance; its memory is the peak of the receiving process less what it had before.
+
+Every receiver is to find the machine alike. Before each run twice the memory that the instances fill is touched,
+because a virtual machine gives what was free for some seconds back to its host, and who uses it next waits for it.
+What is still to be written is written. And nothing is removed before the end (with the defaults that is 16 GB), because
+ext4 looks at every inode that was freed in the last minutes before it makes a new file.
 """
 
 from __future__ import annotations
