@@ -21,7 +21,7 @@ _COUNT_SCALE = 2**20  # float32 images are counted in integers: the sum does not
 _TINY = 1e-12
 _BIAS_NAT = 0.03  # tolerated over-estimate of a slice's mutual information
 _LEAST_BINS, _MOST_BINS = 8, 32
-_FLAT = 1e-5
+_FLAT = 2e-6
 
 
 def multi_axis_mutual_information(

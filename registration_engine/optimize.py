@@ -37,7 +37,6 @@ _MARGIN_MM = 6.0
 _CHOICE_VOXELS, _CHOICE_SHARE = 150_000, 0.3
 _SEARCH_VOXELS = 250_000
 _ONE_KIND = 0.8  # correlation; phases, contrast agents and two brains had 0.87 and more, T1-T2 and CT-MR 0.67 at most
-_WORTH = 1.01  # as much more similar must a suppler field be: freedom always finds some likeness
 
 
 def refine(
@@ -91,7 +90,7 @@ def refine(
     for number, suppler in enumerate(manners[1:], start=1):
         trial = tried(suppler, number + 1)
         score = judge(*trial)
-        if score > _WORTH * best_score:
+        if score > suppler.worth * best_score:
             chosen, best, best_score = number, trial, score
     if (score := judge(displacement, grid)) > best_score:
         best, best_score = (displacement, grid), score

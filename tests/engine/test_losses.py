@@ -45,7 +45,7 @@ def _slow_local_correlation(fixed: np.ndarray, warped: np.ndarray, weight: np.nd
         if used.sum() <= width**3 / 4:
             continue
         f, w = fixed[window][used], warped[window][used]
-        noise = 1e-5 * used.sum()
+        noise = 2e-6 * used.sum()
         covariance = ((f - f.mean()) * (w - w.mean())).sum()
         total += covariance**2 / ((((f - f.mean()) ** 2).sum() + noise) * (((w - w.mean()) ** 2).sum() + noise))
     return total / weight.sum()

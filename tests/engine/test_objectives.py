@@ -138,7 +138,7 @@ def test_local_correlation_is_the_mean_of_the_windows_counted_slowly() -> None:
         if share.sum() <= 27 / 4:
             continue
         mean_f, mean_w = np.average(f, weights=share), np.average(w, weights=share)
-        floor = 1e-5 * share.sum()
+        floor = 2e-6 * share.sum()
         covariance = (share * (f - mean_f) * (w - mean_w)).sum()
         variances = ((share * (f - mean_f) ** 2).sum() + floor) * ((share * (w - mean_w) ** 2).sum() + floor)
         values += weight[place] * covariance**2 / variances
