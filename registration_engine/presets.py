@@ -51,7 +51,7 @@ STRUCTURAL = Manner(local_share=1.0, structure_share=0.5, step_smoothing=2.0, fi
 """For smooth motion between contrasts that differ."""
 MIDDLE = Manner(local_share=1.0, structure_share=0.0, step_smoothing=1.0, field_smoothing=1.5, holds_bends=True)
 """For the motion of small organs between coarse voxels, such as a liver's in a dynamic."""
-SUPPLE = Manner(local_share=0.5, structure_share=0.0, step_smoothing=1.0, field_smoothing=0.6, worth=1.05)
+SUPPLE = Manner(local_share=0.5, structure_share=0.0, step_smoothing=1.0, field_smoothing=0.6, worth=1.035)
 """For fine folds of one contrast, such as two brains."""
 
 
