@@ -11,12 +11,10 @@ import fcntl
 import hashlib
 import mmap
 import os
-import struct
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO
 
 from pydicom import Dataset
 from pydicom.filebase import DicomBytesIO
@@ -24,11 +22,8 @@ from pydicom.filewriter import write_dataset
 
 from dicomnode.errors import LocalError
 from dicomnode.model import Instance, JournalEntry, RetrievedBy
+from dicomnode.part10 import own_head, read_own_head
 from dicomnode.spool import PREAMBLE_BYTES, JournalRecord, Source, Spool, fsync_path, left_behind, local_errors
-
-IMPLEMENTATION_CLASS_UID = "2.25.230217732564501373792718796497012300702"
-IMPLEMENTATION_VERSION_NAME = "DICOMNODE_0.1"
-"""Who wrote a file and who speaks in an association (PS3.7 D.3.3.2); at most 16 characters."""
 
 _BUFFER_BYTES = 1 << 20
 _HASHED_AT_ONCE = 1 << 17
@@ -125,7 +120,7 @@ class Archive:
             with local_errors, path.open("r+b") as file:
                 record = JournalRecord.decode(file.read(PREAMBLE_BYTES))
                 assert record is not None
-                meta = _read_file_meta(file)
+                meta = read_own_head(file)
                 start = file.tell()
                 sealed_bytes = start + record.data_set_bytes
                 size_bytes = os.fstat(file.fileno()).st_size
@@ -319,7 +314,7 @@ class Incoming:
             self._buffer = buffers.pop()
         except IndexError:  # none is free; asked first, another association could take the last one meanwhile
             self._buffer = mmap.mmap(-1, _BUFFER_BYTES)
-        meta = _file_meta(sop_class_uid, sop_instance_uid, transfer_syntax_uid)
+        meta = own_head(sop_class_uid, sop_instance_uid, transfer_syntax_uid)
         self._buffer[: len(meta)] = meta
         self._meta_bytes = self._filled = self._hashed = len(meta)  # the last two in the buffer
         self._written = 0  # bytes of the file before the buffer's
@@ -421,43 +416,3 @@ def _name(identity: Incoming | JournalEntry) -> str:
         identity.sop_instance_uid, identity.sop_class_uid, identity.transfer_syntax_uid, identity.sha256
     )  # fmt: skip
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _read_file_meta(file: BinaryIO) -> dict[int, str]:
-    """The texts of file meta information that `_file_meta` wrote; leaves the file at the data set."""
-    head = file.read(16)
-    (length,) = struct.unpack_from("<L", head, 12)
-    content = file.read(length)
-    texts = {}
-    at = 14  # after (0002,0001), which is no text
-    while at < len(content):
-        element, size = struct.unpack_from("<xxHxxH", content, at)
-        texts[element] = content[at + 8 : at + 8 + size].decode().rstrip("\0 ")
-        at += 8 + size
-    return texts
-
-
-def _file_meta(sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str) -> bytes:
-    """Preamble, prefix and file meta information, PS3.10 7.1; always Explicit VR Little Endian.
-
-    Built by hand because the UIDs are as the sender wrote them, conformant or not.
-    """
-    elements = b"".join(
-        (
-            struct.pack("<HH2sHL", 0x0002, 0x0001, b"OB", 0, 2) + b"\x00\x01",
-            _text_element(0x0002, b"UI", sop_class_uid),
-            _text_element(0x0003, b"UI", sop_instance_uid),
-            _text_element(0x0010, b"UI", transfer_syntax_uid),
-            _text_element(0x0012, b"UI", IMPLEMENTATION_CLASS_UID),
-            _text_element(0x0013, b"SH", IMPLEMENTATION_VERSION_NAME),
-        )
-    )
-    group_length = struct.pack("<HH2sHL", 0x0002, 0x0000, b"UL", 4, len(elements))
-    return bytes(128) + b"DICM" + group_length + elements
-
-
-def _text_element(element: int, vr: bytes, text: str) -> bytes:
-    value = text.encode()
-    if len(value) % 2:
-        value += b"\x00" if vr == b"UI" else b" "
-    return struct.pack("<HH2sH", 0x0002, element, vr, len(value)) + value

@@ -72,28 +72,13 @@ class Indexer:
             The disk or the database fails: nothing is lost, all of it comes again.
         """
         entries = self._index.take_unindexed(BATCH)
-        there = [entry for entry in entries if self._archive.is_there(entry)]
+        if not entries:
+            return 0
         try:
-            stored = dict(zip((entry.id for entry in there), self._archive.settle(there), strict=True))
+            self._take_up(entries)
         except LocalError:
-            self._index.put_back(entries)
+            self._index.put_back(entries)  # those that are out of the journal are not touched
             raise
-        readable: list[tuple[JournalEntry, Instance, InstanceHeader]] = []
-        for entry in entries:
-            if entry.id not in stored:
-                self._put_aside(entry, entry.path, "its file is gone")
-                continue
-            instance = stored[entry.id]
-            try:
-                readable.append((entry, instance, self._header(entry, instance)))
-            except _UnreadableError as error:
-                self._put_aside(entry, instance.path, str(error))
-        if readable:
-            try:
-                self._enter(readable)
-            except LocalError:
-                self._index.put_back([entry for entry, _, _ in readable])
-                raise
         return len(entries)
 
     def gives_way(self, now: datetime) -> bool:
@@ -104,11 +89,23 @@ class Indexer:
         found = self._index.pace(BATCH)
         return found is not None and is_streaming(*found, now=now)
 
-    def _enter(self, batch: Sequence[tuple[JournalEntry, Instance, InstanceHeader]]) -> None:
+    def _take_up(self, entries: Sequence[JournalEntry]) -> None:
+        there = [entry for entry in entries if self._archive.is_there(entry)]
+        stored = dict(zip((entry.id for entry in there), self._archive.settle(there), strict=True))
+        batch: list[tuple[JournalEntry, Instance, InstanceHeader]] = []
+        for entry in entries:
+            if entry.id not in stored:
+                self._put_aside(entry, entry.path, "its file is gone")
+                continue
+            instance = stored[entry.id]
+            try:
+                batch.append((entry, instance, self._header(entry, instance)))
+            except _UnreadableError as error:
+                self._put_aside(entry, instance.path, str(error))
         outcomes = self._index.index_entries(batch, policy=self._duplicates, now=datetime.now(UTC))
-        for (entry, stored, _), became in zip(batch, outcomes, strict=True):
+        for (entry, instance, _), became in zip(batch, outcomes, strict=True):
             if became is Settled.EQUAL:
-                self._remove_unless_in_use(stored)
+                self._remove_unless_in_use(instance)
             elif became is not Settled.INDEXED:
                 log.warning("instance %s: other content was stored under its UID: %s", entry.sop_instance_uid, became)
 

@@ -18,12 +18,12 @@ from collections import Counter
 from contextlib import suppress
 
 from dicomnode import negotiation
-from dicomnode.archive import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicomnode.commitment import CommitmentSCP
 from dicomnode.errors import LocalError, stack
 from dicomnode.intake import Intake, is_too_slow
 from dicomnode.messages import Messages
 from dicomnode.negotiation import Access
+from dicomnode.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicomnode.pdu import AssociateRequest, Identity, ProtocolError
 from dicomnode.spool import Source
 from dicomnode.upperlayer import Abort, Event, Fragment, ReleaseRequest, UpperLayer

@@ -17,10 +17,10 @@ from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 from dicomnode import dimse, tls
-from dicomnode.archive import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicomnode.dimse import Assembler, Command, OnReport
 from dicomnode.errors import LocalError, NodeError, RefusedError, RemoteError
 from dicomnode.model import Instance
+from dicomnode.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicomnode.pdu import (
     APPLICATION_CONTEXT_NAME,
     AssociateAccept,

@@ -16,7 +16,7 @@ from registration_engine.field import box_matrix, separable
 _COUNT_SCALE = 2**20  # histogram counts are integers: their sum does not depend on the order of a device's atomics
 _SLAB = 24  # slices worked on at a time, so that what lies between stays in the cache
 _TINY = 1e-12
-_FLAT = 2e-6  # windows flatter than a seventh of a percent of the range count little
+FLAT = 2e-6  # windows flatter than a seventh of a percent of the range count little
 
 
 def mutual_information(fixed: Tensor, warped: Tensor, weight: Tensor, *, bins: int) -> tuple[float, Tensor]:
@@ -121,7 +121,7 @@ def _windows(fixed: Tensor, warped: Tensor, weight: Tensor, width: int) -> _Wind
     enough = count > width**3 / 4
     count.clamp_(min=1)
     mean_f, mean_w = sum_f / count, sum_w / count
-    noise = count.mul_(_FLAT)
+    noise = count.mul_(FLAT)
     return _Windows(
         boxes,
         enough,

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from registration_engine.field import box_matrix, separable
+from registration_engine.losses import FLAT
 
 _COUNT_SCALE = 2**20  # float32 images are counted in integers: the sum does not depend on a device's order
 _TINY = 1e-12
 _BIAS_NAT = 0.03  # tolerated over-estimate of a slice's mutual information
 _LEAST_BINS, _MOST_BINS = 8, 32
-_FLAT = 2e-6
 
 
 def multi_axis_mutual_information(
@@ -181,7 +181,7 @@ def local_normalized_cross_correlation(fixed: Tensor, warped: Tensor, weight: Te
     count, sum_f, sum_w, sum_ff, sum_ww, sum_fw = separable(products, *boxes)
     size = count.clamp(min=1)
     covariance = sum_fw - sum_f * sum_w / size
-    noise = _FLAT * size
+    noise = FLAT * size
     variance_f = (sum_ff - sum_f.square() / size).clamp(min=0) + noise
     variance_w = (sum_ww - sum_w.square() / size).clamp(min=0) + noise
     used = weight * (count > width**3 / 4)
