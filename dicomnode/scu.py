@@ -20,7 +20,7 @@ from dicomnode import dimse, tls
 from dicomnode.dimse import Assembler, Command, OnReport
 from dicomnode.errors import LocalError, NodeError, RefusedError, RemoteError
 from dicomnode.model import Instance
-from dicomnode.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
+from dicomnode.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, FileHead
 from dicomnode.pdu import (
     APPLICATION_CONTEXT_NAME,
     AssociateAccept,
@@ -141,7 +141,9 @@ class Association:
             if answer.result == 0 and context is not None and answer.transfer_syntax in context.transfer_syntaxes:
                 self.accepted[context.abstract_syntax, answer.transfer_syntax] = context.id
 
-    def store(self, context_id: int, instance: Instance, data_set: BinaryIO, size: int, *, priority: int = 0) -> int:
+    def store(
+        self, context_id: int, instance: Instance | FileHead, data_set: BinaryIO, size: int, *, priority: int = 0
+    ) -> int:
         """C-STORE `size` bytes of `data_set`; the status answered (PS3.4 B.2.3), with its Error Comment in `comment`.
 
         Parameters

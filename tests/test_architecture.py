@@ -91,7 +91,7 @@ MAY_IMPORT = {
     },
     "anatomy": set(),
     "phantom": {"anatomy"},
-    "demo": {"phantom", "errors"},
+    "demo": {"errors", "part10", "phantom", "remotes", "scu"},
     "jobs_parser": {"jobs_cli"},
     "account": set(),
     "jobs_cli": {

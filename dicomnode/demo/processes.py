@@ -15,10 +15,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pydicom import dcmread
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
-from pynetdicom import AE, AllStoragePresentationContexts, build_context, evt
+from pynetdicom import AE, AllStoragePresentationContexts, evt
 from pynetdicom.sop_class import CTImageStorage, Verification  # type: ignore[attr-defined]  # made at import
+
+from dicomnode.errors import RemoteError
+from dicomnode.part10 import read_head
+from dicomnode.remotes import Destination
+from dicomnode.scu import Association
 
 START_TIMEOUT_S = 60.0
 DELIVERED_TIMEOUT_S = 1800.0
@@ -189,17 +193,21 @@ def send(files: Sequence[Path], port: int) -> None:
     DemoError
         The association or one of the instances was refused.
     """
-    ae = AE(ae_title="DEMO")
-    ae.requested_contexts = [build_context(CTImageStorage, ExplicitVRLittleEndian)]
-    association = ae.associate("127.0.0.1", port, ae_title="DICOMNODE", max_pdu=131072)
-    if not association.is_established:
-        raise DemoError(f"port {port}: the node did not accept an association for CT Image Storage")
+    association = Association(Destination("node", "DICOMNODE", "127.0.0.1", port), ae_title="DEMO")
     try:
+        association.open([(CTImageStorage, [ExplicitVRLittleEndian])])
+        if not association.accepted:
+            raise DemoError(f"port {port}: the node did not accept CT Image Storage")
         for path in files:
-            answer = association.send_c_store(dcmread(path))
-            code = answer.Status if answer else None
-            if code != 0x0000:
-                raise DemoError(f"C-STORE of {path}: got status {code}, expected 0x0000")
+            with path.open("rb") as file:
+                head = read_head(file)
+                file.seek(head.size_bytes)
+                context_id = association.accepted[head.sop_class_uid, head.transfer_syntax_uid]
+                status = association.store(context_id, head, file, path.stat().st_size - head.size_bytes)
+            if status != 0x0000:
+                raise DemoError(f"C-STORE of {path}: got status 0x{status:04X}, expected 0x0000")
+    except RemoteError as error:
+        raise DemoError(f"port {port}: {error}") from error
     finally:
         association.release()
 
